@@ -1,0 +1,259 @@
+"""Attention over sinks, a sliding window and retained tokens, in interchangeable backends.
+
+Every backend takes the rule as `end`: key j is visible to query i iff j <= i < end[j] (lte/visibility.py).
+
+Shapes: B batch, T tokens, Q queries, K keys, H KV heads, N query heads, G = N / H, D head dimension.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lte.layout import Layout, check_cu_seqlens
+from lte.visibility import lifetimes
+
+BACKENDS = ("auto", "reference", "flex", "triton")
+
+
+def retained_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    logits: Tensor | None = None,
+    *,
+    window: int | None,
+    sinks: int = 0,
+    budget: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Causal attention under the visibility rule (arXiv 2510.20787; sinks: arXiv 2309.17453).
+
+    Differentiable in q, k, v, and in logits by the straight-through estimator: a logit receives the gradient that
+    it would have if v had been multiplied by sigmoid(logit).
+
+    Args:
+        q: queries [B, T, N, D].
+        k: keys [B, T, H, D]; N is a multiple of H, and a group of N / H query heads shares a KV head.
+        v: values [B, T, H, D].
+        logits: retention logits [B, T, H], or None if nothing is retained beyond the window.
+        window: keys in the sliding window, the query's own included; None for full attention.
+        sinks: first tokens of every document that stay visible.
+        budget: most tokens retained at a time; None for no limit, as in training.
+        cu_seqlens: [M + 1] integers, boundaries of M packed documents; then B is 1.
+        scale: factor of the scores; D ** -0.5 by default.
+        backend: `reference` (PyTorch), `flex` (FlexAttention), `triton`, or `auto`: triton on CUDA, else reference.
+
+    Returns:
+        [B, T, N, D] in q's dtype.
+
+    Raises:
+        ValueError: shapes, head counts, boundaries, rule or backend that don't fit.
+    """
+    batch, length, heads = _check_shapes(q, k, v, logits)
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, batch, length)
+    end_BTH = lifetimes(
+        logits,
+        batch=batch,
+        length=length,
+        heads=heads,
+        window=window,
+        sinks=sinks,
+        budget=budget,
+        layout=Layout(cu_seqlens=cu_seqlens),
+        device=q.device,
+    )
+    if logits is not None:
+        v = straight_through(v, logits)
+    return interval_attention(q, k, v, end_BTH, window=window, scale=scale, backend=backend, cu_seqlens=cu_seqlens)
+
+
+def interval_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    end: Tensor,
+    *,
+    window: int | None,
+    scale: float | None = None,
+    backend: str = "auto",
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Attention in which key j serves the queries j, j + 1, …, end[j] - 1.
+
+    Args:
+        q: [B, Q, N, D]; query t stands at index t + K - Q of the keys.
+        k, v: [B, K, H, D] with K >= Q. The first K - Q may be cached keys in any order.
+        end: [B, K, H] int32.
+        window: schedule hint: which keys are dense; the result never depends on it.
+        scale: factor of the scores; D ** -0.5 by default.
+        backend: as in `retained_attention`.
+        cu_seqlens: schedule hint: no key is visible across these boundaries (as `end` says already).
+
+    Returns:
+        [B, Q, N, D]; zero where no key is visible.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is unknown; use one of {', '.join(BACKENDS)}")
+    if backend == "auto":
+        backend = "triton" if q.is_cuda else "reference"
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if backend == "triton":
+        from lte.kernels.attention import interval_attention as triton_attention
+
+        keys = k.shape[1]
+        return triton_attention(q, k, v, end, window=keys if window is None else min(window, keys), scale=scale)
+    if backend == "flex":
+        return _flex(q, k, v, end, scale)
+    if cu_seqlens is None:
+        return _reference(q, k, v, end, scale)
+    bounds = cu_seqlens.tolist()
+    pieces = [
+        _reference(q[:, a:b], k[:, a:b], v[:, a:b], end[:, a:b] - a, scale) for a, b in pairwise(bounds) if b > a
+    ]
+    return torch.cat(pieces, 1)
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, v_BTHD: Tensor, logits_BTH: Tensor) -> Tensor:
+        ctx.save_for_backward(v_BTHD, logits_BTH)
+        return v_BTHD.view_as(v_BTHD)
+
+    @staticmethod
+    def backward(ctx, grad_BTHD: Tensor):
+        v_BTHD, logits_BTH = ctx.saved_tensors
+        r_BTH = logits_BTH.to(torch.promote_types(logits_BTH.dtype, torch.float32)).sigmoid()
+        # summed in at least float32: many small products of either sign
+        through_BTH = torch.linalg.vecdot(grad_BTHD.to(r_BTH.dtype), v_BTHD.to(r_BTH.dtype))
+        return grad_BTHD, (through_BTH * r_BTH * (1 - r_BTH)).to(logits_BTH.dtype)
+
+
+def straight_through(v: Tensor, logits: Tensor) -> Tensor:
+    """v unchanged [B, T, H, D], with the gradient to logits [B, T, H] as if it were v * sigmoid(logits)."""
+    return _StraightThrough.apply(v, logits)
+
+
+def visible_pairs(end: Tensor, queries: int) -> Tensor:
+    """The mask [B, H, Q, K] that `end` [B, K, H] stands for, for the last `queries` of K indices."""
+    keys = end.shape[1]
+    i_Q1 = torch.arange(keys - queries, keys, device=end.device)[:, None]
+    j_K = torch.arange(keys, device=end.device)
+    return (j_K <= i_Q1) & (i_Q1 < end.transpose(1, 2)[:, :, None, :])
+
+
+def _reference(q: Tensor, k: Tensor, v: Tensor, end: Tensor, scale: float) -> Tensor:
+    """Masked attention in float32 (float64 stays), through torch's own scaled_dot_product_attention."""
+    batch, queries, query_heads, dim = q.shape
+    heads = k.shape[2]
+    group = query_heads // heads
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    mask_BHQK = visible_pairs(end, queries)
+    empty_BHQ = ~mask_BHQK.any(-1)
+    mask_BHQK = mask_BHQK | empty_BHQ[..., None]  # a row without keys would be NaN; it is zeroed below
+    q_BHGQD = q.to(dtype).view(batch, queries, heads, group, dim).permute(0, 2, 3, 1, 4)
+    out = F.scaled_dot_product_attention(
+        q_BHGQD.reshape(batch, heads, group * queries, dim),
+        k.to(dtype).transpose(1, 2),
+        v.to(dtype).transpose(1, 2),
+        attn_mask=mask_BHQK.repeat(1, 1, group, 1),
+        scale=scale,
+    )
+    out_BHGQD = out.view(batch, heads, group, queries, dim)
+    out_BHGQD = out_BHGQD.masked_fill(empty_BHQ[:, :, None, :, None], 0.0)
+    return out_BHGQD.permute(0, 3, 1, 2, 4).reshape(batch, queries, query_heads, dim).to(q.dtype)
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, end: Tensor, scale: float) -> Tensor:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    batch, queries, query_heads, _ = q.shape
+    keys, heads = k.shape[1:3]
+    group = query_heads // heads
+    end_BHK = end.transpose(1, 2).contiguous()
+
+    def lives(b, h, i, j):
+        i = i + (keys - queries)
+        return (j <= i) & (i < end_BHK[b, h // group, j])
+
+    if q.is_cuda:
+        attend, build = torch.compile(flex_attention), torch.compile(create_block_mask)
+    else:
+        attend, build = flex_attention, create_block_mask
+    mask = build(lives, batch, query_heads, queries, keys, device=q.device)
+    out = attend(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask=mask, scale=scale, enable_gqa=group > 1
+    )
+    return out.transpose(1, 2)
+
+
+def in_cache_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    end: Tensor,
+    *,
+    positions: Tensor,
+    frequencies: Tensor,
+    scale: float | None = None,
+    block: int = 64,
+) -> Tensor:
+    """Attention with rotary positions counted among the visible keys (arXiv 2309.17453, section 3.2).
+
+    For a query that sees keys of positions 0, 1, 2, 3, 6, 7, 8 these have places 0 … 6, and the query, which sees
+    itself, has the last one. A pair's place difference depends on the query, so scores are rotated pair by pair.
+
+    Args:
+        q: unrotated queries [B, Q, N, D]; k, v: unrotated [B, K, H, D]; end: [B, K, H] int32, as in
+            `interval_attention`.
+        positions: [B, K, H] integers that order the keys.
+        frequencies: [D / 2] float32 radians per place.
+        scale: factor of the scores; D ** -0.5 by default.
+        block: queries taken at once; memory is block * K * D.
+    """
+    queries, query_heads, dim = q.shape[1:]
+    heads = k.shape[2]
+    group = query_heads // heads
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    scale = dim**-0.5 if scale is None else scale
+    mask_BHQK = visible_pairs(end, queries)
+    order_BHK = positions.transpose(1, 2).argsort(-1)
+    mask_BHQK = mask_BHQK.gather(-1, order_BHK[:, :, None, :].expand_as(mask_BHQK))
+    k_BHKD, v_BHKD = (
+        x.to(dtype).transpose(1, 2).gather(2, order_BHK[..., None].expand(-1, -1, -1, dim)) for x in (k, v)
+    )
+    k1, k2 = k_BHKD[:, :, None, None].chunk(2, -1)
+    pieces = []
+    for first in range(0, queries, block):
+        mask = mask_BHQK[:, :, first : first + block]
+        rank = mask.cumsum(-1)
+        # the query's own place is the last visible one
+        distance = (rank[..., -1:] - rank)[:, :, None, ..., None].to(frequencies.dtype)
+        angle = distance * frequencies
+        q1, q2 = (
+            q[:, first : first + block].to(dtype).unflatten(2, (heads, group)).permute(0, 2, 3, 1, 4)[..., None, :]
+        ).chunk(2, -1)
+        score = ((q1 * k1 + q2 * k2) * angle.cos() + (q1 * k2 - q2 * k1) * angle.sin()).sum(-1) * scale
+        weight = score.masked_fill(~mask[:, :, None], -torch.inf).softmax(-1).nan_to_num(0.0)
+        out_BHGQD = weight @ v_BHKD[:, :, None]
+        pieces.append(out_BHGQD.permute(0, 3, 1, 2, 4).flatten(2, 3))
+    return torch.cat(pieces, 1).to(q.dtype)
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, logits: Tensor | None) -> tuple[int, int, int]:
+    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+        raise ValueError(
+            f"q [B, T, N, D], k and v [B, T, H, D] expected, got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    batch, length, heads, _ = k.shape
+    if q.shape[2] % heads:
+        raise ValueError(f"{q.shape[2]} query heads can't share {heads} KV heads: make the first a multiple")
+    if logits is not None and logits.shape != (batch, length, heads):
+        raise ValueError(f"logits {tuple(logits.shape)} must be one a KV head and token: {(batch, length, heads)}")
+    return batch, length, heads

@@ -1,0 +1,121 @@
+"""The L1 penalty on retention, and the control that steers its weight λ to a target density.
+
+Shapes: B batch, T tokens, H KV heads, L attention layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lte.layout import Layout
+
+
+@dataclass(frozen=True)
+class RetentionStats:
+    """What one layer's scorer decided in one forward pass.
+
+    Attributes:
+        penalty: [H] mean over real tokens of relu(r - 0.5), differentiable.
+        kept: [H] eligible positions with a positive logit; eligible: [H] positions that a later query of the
+            same document could read only by retention.
+        tokens: real tokens of the batch.
+    """
+
+    penalty: Tensor
+    kept: Tensor
+    eligible: Tensor
+    tokens: Tensor
+
+
+def retention_stats(logits_BTH: Tensor, *, window: int, sinks: int, layout: Layout | None = None) -> RetentionStats:
+    """Penalty and density of retention logits [B, T, H] under a window and sinks."""
+    layout = layout or Layout()
+    batch, length, _ = logits_BTH.shape
+    device = logits_BTH.device
+    position_BT = layout.positions(batch, length, device)
+    real_BT = position_BT >= 0
+    left_BT = layout.document_ends(batch, length, device) - torch.arange(length, device=device)
+    eligible_BT = real_BT & (position_BT >= sinks) & (left_BT > window)
+    excess_BTH = torch.relu(torch.sigmoid(logits_BTH) - 0.5) * real_BT[..., None]
+    tokens = real_BT.sum()
+    kept_H = ((logits_BTH.detach() > 0) & eligible_BT[..., None]).sum((0, 1))
+    return RetentionStats(
+        penalty=excess_BTH.sum((0, 1)) / tokens.clamp(min=1),
+        kept=kept_H.to(torch.float32),
+        eligible=eligible_BT.sum().to(torch.float32).expand_as(kept_H),
+        tokens=tokens,
+    )
+
+
+class PenaltyControl(nn.Module):
+    """λ of every attention layer and KV head, raised while too much is kept and lowered while too little.
+
+    Every `interval` optimizer steps a moving average of the kept density is compared with the target: above it
+    λ grows by half (from `minimum` if it was 0), below 0.95 of it λ is halved (0 under `minimum`). λ, the averages
+    and the step count are buffers, so they are in every checkpoint; counts are summed over data-parallel ranks.
+
+    Args:
+        layers, heads: L and H.
+        target: kept density to steer to, budget / (training length - window).
+        interval: optimizer steps between two comparisons.
+        minimum, maximum: bounds of a non-zero λ.
+        smoothing: weight of the newest step in the moving average.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        heads: int,
+        target: float,
+        *,
+        interval: int = 32,
+        minimum: float = 1e-9,
+        maximum: float = 1.0,
+        smoothing: float = 0.1,
+    ):
+        super().__init__()
+        self.target, self.interval = target, interval
+        self.minimum, self.maximum, self.smoothing = minimum, maximum, smoothing
+        self.register_buffer("penalty_weight", torch.zeros(layers, heads))
+        self.register_buffer("density", torch.full((layers, heads), -1.0))  # -1: nothing seen yet
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        # counts since the last optimizer step: kept and eligible
+        self.register_buffer("counts", torch.zeros(2, layers, heads), persistent=False)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        self.penalty_weight.zero_()
+        self.density.fill_(-1.0)
+        self.steps.zero_()
+        self.counts.zero_()
+
+    def penalty(self, stats: list[RetentionStats]) -> Tensor:
+        """Σ λ(l, h) · mean relu(r - 0.5), a scalar; `stats` holds one entry a layer."""
+        per_head_LH = torch.stack([s.penalty for s in stats])
+        return (self.penalty_weight.to(per_head_LH.dtype) * per_head_LH).sum()
+
+    @torch.no_grad()
+    def observe(self, stats: list[RetentionStats]) -> None:
+        """Add one forward pass to the counts of the running optimizer step."""
+        self.counts += torch.stack([torch.stack([s.kept for s in stats]), torch.stack([s.eligible for s in stats])])
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """After an optimizer step: fold the counts into the averages and, when due, move λ."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(self.counts)
+        kept_LH, eligible_LH = self.counts
+        now_LH = kept_LH / eligible_LH.clamp(min=1)
+        mean_LH = torch.where(self.density < 0, now_LH, torch.lerp(self.density, now_LH, self.smoothing))
+        self.density.copy_(torch.where(eligible_LH > 0, mean_LH, self.density))
+        self.counts.zero_()
+        self.steps += 1
+        weight_LH = self.penalty_weight
+        raised = torch.where(weight_LH > 0, 1.5 * weight_LH, self.minimum).clamp(max=self.maximum)
+        lowered = torch.where(weight_LH / 2 < self.minimum, 0.0, weight_LH / 2)
+        moved = torch.where(self.density > self.target, raised, weight_LH)
+        moved = torch.where((self.density >= 0) & (self.density < 0.95 * self.target), lowered, moved)
+        weight_LH.copy_(torch.where(self.steps % self.interval == 0, moved, weight_LH))
