@@ -20,11 +20,37 @@ def lookahead_of(kernel_sizes: tuple[int, ...], dilations: tuple[int, ...]) -> i
     return sum((size - 1) // 2 * dilation for size, dilation in zip(kernel_sizes, dilations, strict=True))
 
 
+def channels_of(head_dim: int, layers: int) -> tuple[int, ...]:
+    """Inputs of each layer and outputs of the last: 2 D, D, D / 2, …"""
+    return (2 * head_dim, *(head_dim // 2**layer for layer in range(layers)))
+
+
 @dataclass(frozen=True)
 class ScorerState:
     """Streaming state: the last inputs of each convolution, [B, H, P_l, C_l] a layer, updated in place."""
 
     inputs: tuple[Tensor, ...]
+
+    @classmethod
+    def allocate(
+        cls,
+        batch: int,
+        heads: int,
+        channels: tuple[int, ...],
+        kernel_sizes: tuple[int, ...],
+        dilations: tuple[int, ...],
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> ScorerState:
+        """An empty state; `channels` are the inputs of each layer (further entries don't count)."""
+        past = [(size - 1) * dilation for size, dilation in zip(kernel_sizes, dilations, strict=True)]
+        return cls(
+            tuple(
+                torch.zeros(batch, heads, p, c, dtype=dtype, device=device)
+                for p, c in zip(past, channels, strict=False)
+            )
+        )
 
     @property
     def nbytes(self) -> int:
@@ -85,7 +111,7 @@ class RetentionScorer(nn.Module):
         self.kernel_sizes = tuple(kernel_sizes)
         self.dilations = tuple(dilations)
         self.dropout = dropout
-        self.channels = (2 * head_dim, *(head_dim // 2**layer for layer in range(len(kernel_sizes))))
+        self.channels = channels_of(head_dim, len(kernel_sizes))
         stacks = 1 if share_heads else heads
         sizes = list(zip(self.kernel_sizes, self.channels, self.channels[1:], strict=False))
         # [stacks, taps, C, O]: one matrix product a tap
@@ -146,12 +172,9 @@ class RetentionScorer(nn.Module):
         return (x_BTHC * self.out_weight.to(x_BTHC.dtype)).sum(-1) + self.out_bias.to(x_BTHC.dtype)
 
     def allocate_state(self, batch: int, *, dtype: torch.dtype, device: torch.device) -> ScorerState:
-        past = [(size - 1) * dilation for size, dilation in zip(self.kernel_sizes, self.dilations, strict=True)]
-        return ScorerState(
-            tuple(
-                torch.zeros(batch, self.heads, p, c, dtype=dtype, device=device)
-                for p, c in zip(past, self.channels, strict=False)
-            )
+        """An empty streaming state for `batch` rows."""
+        return ScorerState.allocate(
+            batch, self.heads, self.channels, self.kernel_sizes, self.dilations, dtype=dtype, device=device
         )
 
     def stream(self, x_BTHC: Tensor, state: ScorerState, seen_B: Tensor, lengths_B: Tensor | None = None) -> Tensor:

@@ -1,0 +1,182 @@
+"""The attention mixer: sinks, sliding window and retained tokens, with or without a retention scorer.
+
+Shapes: B batch, T tokens, C hidden size, N query heads, H KV heads, D head dimension.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lte.attention import in_cache_attention, interval_attention, straight_through
+from lte.cache import GrowingCache, RetainedCache
+from lte.scorer import RetentionScorer, ScorerState, channels_of
+from lte.sparsity import RetentionStats, retention_stats
+from lte.visibility import lifetimes
+from models.config import HybridConfig
+from models.mixer import Context, MixerOutput
+from models.rotary import rotary_frequencies, rotate
+
+
+@dataclass(frozen=True)
+class AttentionState:
+    """The cache of one attention layer: keys and values, and the scorer's streaming state if it has one."""
+
+    kv: RetainedCache | GrowingCache
+    scorer: ScorerState | None
+
+    @property
+    def nbytes(self) -> int:
+        return self.kv.nbytes + (self.scorer.nbytes if self.scorer is not None else 0)
+
+    def reset(self) -> None:
+        self.kv.reset()
+        if self.scorer is not None:
+            self.scorer.reset()
+
+    def reorder(self, index: Tensor) -> None:
+        self.kv.reorder(index)
+        if self.scorer is not None:
+            self.scorer.reorder(index)
+
+
+def build_scorer(config: HybridConfig) -> RetentionScorer:
+    """A scorer as the config describes it."""
+    return RetentionScorer(
+        config.num_key_value_heads,
+        config.head_dim,
+        kernel_sizes=tuple(config.scorer_kernel_sizes),
+        dilations=tuple(config.scorer_dilations),
+        dropout=config.scorer_dropout,
+        share_heads=config.scorer_sharing != "none",
+    )
+
+
+class RetainedAttention(nn.Module):
+    """Grouped-query attention under the visibility rule (arXiv 2510.20787).
+
+    Without a window it is full attention, without a budget sliding-window attention with sinks.
+
+    Args:
+        config: the attention fields of a `HybridConfig`.
+
+    Attributes:
+        budget: slots for retained tokens in evaluation and in caches allocated from now on.
+    """
+
+    def __init__(self, config: HybridConfig):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        self.window, self.sinks, self.budget = config.window, config.sinks, config.budget
+        self.lookahead = config.lookahead if config.has_scorer else 0
+        self.position_encoding, self.rope_theta = config.position_encoding, config.rope_theta
+        self.backend = config.attention_backend
+        self.q_proj = nn.Linear(config.hidden_size, self.heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
+        self.scorer_sizes = tuple(config.scorer_kernel_sizes), tuple(config.scorer_dilations)
+        self.scorer = build_scorer(config) if config.has_scorer and config.scorer_sharing != "layers" else None
+
+    def allocate_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> AttentionState:
+        """An empty cache for `batch` rows, with the budget in force."""
+        if self.window is None:
+            return AttentionState(GrowingCache(batch, self.kv_heads, self.head_dim, dtype=dtype, device=device), None)
+        kv = RetainedCache(
+            batch,
+            self.kv_heads,
+            self.head_dim,
+            window=self.window,
+            sinks=self.sinks,
+            budget=self.budget,
+            lookahead=self.lookahead,
+            dtype=dtype,
+            device=device,
+        )
+        scorer = None
+        if self.lookahead and self.budget:
+            sizes, dilations = self.scorer_sizes
+            channels = channels_of(self.head_dim, len(sizes))
+            scorer = ScorerState.allocate(
+                batch, self.kv_heads, channels, sizes, dilations, dtype=dtype, device=device
+            )
+        return AttentionState(kv, scorer)
+
+    def forward(self, x_BTC: Tensor, context: Context, state: AttentionState | None = None) -> MixerOutput:
+        """Mix the tokens of x_BTC [B, T, C]; with a state, after the cached ones, updating it in place."""
+        batch, length = x_BTC.shape[:2]
+        q = self.q_proj(x_BTC).view(batch, length, self.heads, self.head_dim)
+        k = self.k_proj(x_BTC).view(batch, length, self.kv_heads, self.head_dim)
+        v = self.v_proj(x_BTC).view(batch, length, self.kv_heads, self.head_dim)
+        scorer = self.scorer if self.scorer is not None else context.shared_scorer
+        if state is not None:
+            out = self._cached(q, k, v, scorer, context, state)
+            stats = None
+        else:
+            out, stats = self._parallel(q, k, v, scorer, context)
+        return MixerOutput(self.o_proj(out.flatten(2)), stats)
+
+    def _parallel(
+        self, q: Tensor, k: Tensor, v: Tensor, scorer: RetentionScorer | None, context: Context
+    ) -> tuple[Tensor, RetentionStats | None]:
+        logits = stats = None
+        window, budget = self.window, self.budget
+        if scorer is not None and not context.keep_all:
+            logits = scorer(torch.cat([k, v], -1), context)
+            if self.training:
+                budget = None
+                stats = retention_stats(logits, window=window, sinks=self.sinks, layout=context)
+            v = straight_through(v, logits)
+        if context.keep_all:
+            window = None
+        batch, length = q.shape[:2]
+        end_BTH = lifetimes(
+            logits,
+            batch=batch,
+            length=length,
+            heads=self.kv_heads,
+            window=window,
+            sinks=self.sinks,
+            budget=budget,
+            layout=context,
+            device=q.device,
+        )
+        positions_BTH = None
+        if self.position_encoding == "rope_in_cache":
+            positions_BTH = torch.arange(length, device=q.device)[None, :, None].expand(batch, -1, self.kv_heads)
+        out = self._attend(q, k, v, end_BTH, positions_BTH, window, context)
+        return out, stats
+
+    def _cached(
+        self, q: Tensor, k: Tensor, v: Tensor, scorer: RetentionScorer | None, context: Context, state: AttentionState
+    ) -> Tensor:
+        kv = state.kv
+        logits = None
+        if state.scorer is not None:
+            logits = scorer.stream(torch.cat([k, v], -1), state.scorer, kv.seen, context.lengths)
+        if context.rotary is not None:
+            q, k = rotate(q, context.rotary), rotate(k, context.rotary)
+        span = kv.append(k, v, logits, context.lengths)
+        return self._attend(q, span.k, span.v, span.end, span.positions, self.window, context, rotated=True)
+
+    def _attend(self, q, k, v, end, positions, window, context: Context, rotated: bool = False) -> Tensor:
+        if self.position_encoding == "rope_in_cache":
+            return in_cache_attention(
+                q,
+                k,
+                v,
+                end,
+                positions=positions,
+                frequencies=rotary_frequencies(self.head_dim, self.rope_theta, q.device).float(),
+            )
+        if context.rotary is not None and not rotated:
+            q, k = rotate(q, context.rotary), rotate(k, context.rotary)
+        return interval_attention(
+            q, k, v, end, window=window, backend=self.backend, cu_seqlens=None if rotated else context.cu_seqlens
+        )

@@ -1,0 +1,172 @@
+"""The cache of a whole model, in the form that transformers' `generate` expects.
+
+Shapes: B batch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import Cache
+
+from models.files import atomic_path
+from models.mixer import MixerState
+
+if TYPE_CHECKING:
+    from models.modeling import HybridModel
+
+
+class HybridCache(Cache):
+    """One state a layer. Unless a layer attends to everything, its size never changes after construction.
+
+    Args:
+        states: the states of the layers, in order.
+        batch: rows B.
+
+    Attributes:
+        columns: columns of the batch seen so far, padding included (what transformers calls the sequence length).
+    """
+
+    def __init__(self, states: list[MixerState], batch: int):
+        super().__init__(layers=[])
+        self.states = states
+        self.batch = batch
+        self.columns = 0
+
+    @classmethod
+    def allocate(cls, model: HybridModel, batch: int) -> HybridCache:
+        """An empty cache for `batch` rows, in the model's dtype and on its device."""
+        weight = model.embed_tokens.weight
+        states = [layer.mixer.allocate_state(batch, weight.dtype, weight.device) for layer in model.layers]
+        return cls(states, batch)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all states."""
+        return sum(state.nbytes for state in self.states)
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def __repr__(self) -> str:
+        return (
+            f"HybridCache({len(self.states)} layers, batch {self.batch}, {self.columns} columns, {self.nbytes} bytes)"
+        )
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns seen so far: `generate` takes what follows them in its input as new."""
+        return self.columns
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """-1: no limit."""
+        return -1
+
+    def get_max_cache_shape(self, layer_idx: int | None = None) -> int:
+        return -1
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    @property
+    def is_initialized(self) -> bool:
+        return True
+
+    @property
+    def batch_size(self) -> int:
+        return self.batch
+
+    def reset(self) -> None:
+        """Forget everything, keep the memory."""
+        for state in self.states:
+            state.reset()
+        self.columns = 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row b becomes the former row beam_idx[b]."""
+        for state in self.states:
+            state.reorder(beam_idx)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Raises ValueError: what was evicted can't be brought back."""
+        raise ValueError("a HybridCache can't be cropped: evicted tokens are gone; use a copy made earlier")
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name, for saving."""
+        found: dict[str, Tensor] = {}
+        for layer, state in enumerate(self.states):
+            _collect(state, f"{layer}", found)
+        return found
+
+    def save(self, path: Path | str, metadata: dict[str, str] | None = None) -> None:
+        """Write the cache to a safetensors file, whole or not at all.
+
+        Args:
+            metadata: strings to keep with it (a model's fingerprint, say).
+        """
+        tensors = {name: x.contiguous() for name, x in self.tensors().items()}
+        extra = {"columns": str(self.columns), **(metadata or {})}
+        with atomic_path(Path(path)) as temporary:
+            save_file(tensors, temporary, metadata=extra)
+
+    def load(self, path: Path | str, expect: dict[str, str] | None = None) -> dict[str, str]:
+        """Fill this cache from a file written by `save`.
+
+        Args:
+            expect: metadata that the file must have.
+
+        Returns:
+            The file's metadata.
+
+        Raises:
+            ValueError: not such a file, other metadata, or tensors that don't fit this cache.
+        """
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                loaded = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is not a session file ({error}); start a new one") from error
+        for key, value in (expect or {}).items():
+            if metadata.get(key) != value:
+                raise ValueError(
+                    f"{path} belongs to another model ({key} is {metadata.get(key)!r}, this model's is {value!r}); "
+                    "use the model that wrote it, or another file"
+                )
+        own = self.tensors()
+        if "columns" not in metadata or own.keys() != loaded.keys():
+            raise ValueError(f"{path} is not a session of this model: it holds other tensors; start a new one")
+        for name, x in own.items():
+            if x.shape != loaded[name].shape or x.dtype != loaded[name].dtype:
+                raise ValueError(
+                    f"{path}: {name} is {tuple(loaded[name].shape)} {loaded[name].dtype}, this model's cache has "
+                    f"{tuple(x.shape)} {x.dtype}; use the model, budget and dtype that wrote it"
+                )
+        for name, x in own.items():
+            x.copy_(loaded[name])
+        self.columns = int(metadata["columns"])
+        return metadata
+
+
+def _collect(value: object, prefix: str, found: dict[str, Tensor]) -> None:
+    """Tensors of a state, found through attributes and tuples."""
+    if isinstance(value, Tensor):
+        found[prefix] = value
+    elif isinstance(value, tuple | list):
+        for index, entry in enumerate(value):
+            _collect(entry, f"{prefix}.{index}", found)
+    elif hasattr(value, "__dict__"):
+        for name, entry in vars(value).items():
+            _collect(entry, f"{prefix}.{name}", found)
+
+
+@torch.no_grad()
+def cache_bytes(model: HybridModel) -> int:
+    """Bytes of an empty cache of one row, without allocating it anywhere but on the meta device."""
+    weight = model.embed_tokens.weight
+    return sum(layer.mixer.allocate_state(1, weight.dtype, torch.device("meta")).nbytes for layer in model.layers)

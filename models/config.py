@@ -1,0 +1,194 @@
+"""Configuration of a hybrid model: which mixer each layer has, and the numbers of each kind of mixer."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from lte.scorer import lookahead_of
+
+LAYER_TYPES = ("gated_deltanet", "attention", "nsa")
+POSITION_ENCODINGS = ("rope", "rope_in_cache", "none")
+RETENTIONS = ("none", "lte")
+SCORER_SHARING = ("none", "heads", "layers")
+ATTENTION_BACKENDS = ("auto", "reference", "flex", "triton")
+
+
+@strict
+class HybridConfig(PreTrainedConfig):
+    r"""
+    Configuration of `HybridForCausalLM` (laLTE, laNSA and the baselines).
+
+    Args:
+        vocab_size: size of the vocabulary.
+        hidden_size: width of the residual stream.
+        intermediate_size: width of the SwiGLU MLP; 256 * ceil(8/3 * hidden_size / 256) if null.
+        num_hidden_layers: number of blocks.
+        layer_types: mixer of each block, out of `gated_deltanet`, `attention`, `nsa`; if null, blocks 1, 3, 5, … are
+            `attention` and the others `gated_deltanet`.
+        num_attention_heads, num_key_value_heads, head_dim: of the attention layers; num_key_value_heads is
+            num_attention_heads and head_dim hidden_size / num_attention_heads if null.
+        window: keys in the sliding window, the query's own included; null for full attention.
+        sinks: first tokens of a document that stay visible.
+        budget: slots per head for retained tokens, enforced in evaluation and generation.
+        retention: what fills the budget: `lte` (the trained scorer) or `none`.
+        position_encoding: `rope` (text positions), `rope_in_cache` (places among the visible tokens,
+            arXiv 2309.17453), `none`.
+        rope_theta: base of the rotary embedding.
+        scorer_kernel_sizes, scorer_dilations, scorer_dropout: the scorer's convolutions.
+        scorer_sharing: `none` (one stack a KV head), `heads` (one a layer) or `layers` (one for the whole model).
+        scorer_lr_scale: factor of the scorer's learning rate.
+        keep_all_steps: optimizer steps at the start during which everything is kept and the scorer isn't trained.
+        penalty_interval, penalty_min, penalty_max: the control of the L1 penalty's weight (lte/sparsity.py).
+        gdn_num_heads, gdn_head_dim, gdn_expand_v, gdn_conv_size: of the Gated DeltaNet layers.
+        nsa_num_heads, nsa_num_key_value_heads, nsa_head_dim, nsa_block_size, nsa_selected_blocks, nsa_window: of the
+            native sparse attention layers.
+        rms_norm_eps: epsilon of the norms.
+        initializer_range: standard deviation of the initial weights; output projections are scaled by depth.
+        tie_word_embeddings: whether the output layer is the embedding.
+        max_position_embeddings: length trained on; the target density is budget / (this - window). Nothing in the
+            model limits the length of a text.
+        prefill_chunk: tokens of a prompt taken at once when there is a cache.
+        attention_backend: `auto`, `reference`, `flex` or `triton` (lte/attention.py).
+
+    Raises:
+        ValueError: naming the field and its value.
+    """
+
+    model_type = "lalte"
+    keys_to_ignore_at_inference = ("past_key_values",)
+
+    vocab_size: int = 32000
+    hidden_size: int = 1024
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 24
+    layer_types: list[str] | None = None
+    num_attention_heads: int = 16
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    window: int | None = 768
+    sinks: int = 4
+    budget: int = 512
+    retention: str = "lte"
+    position_encoding: str = "rope"
+    rope_theta: float = 10000.0
+    scorer_kernel_sizes: list[int] | tuple[int, ...] = (3, 3, 3)
+    scorer_dilations: list[int] | tuple[int, ...] = (2, 2, 2)
+    scorer_dropout: float = 0.1
+    scorer_sharing: str = "none"
+    scorer_lr_scale: float = 1.0
+    keep_all_steps: int = 0
+    penalty_interval: int = 32
+    penalty_min: float = 1e-9
+    penalty_max: float = 1.0
+    gdn_num_heads: int = 8
+    gdn_head_dim: int = 128
+    gdn_expand_v: float = 1.0
+    gdn_conv_size: int = 4
+    nsa_num_heads: int = 32
+    nsa_num_key_value_heads: int = 2
+    nsa_head_dim: int = 64
+    nsa_block_size: int = 64
+    nsa_selected_blocks: int = 16
+    nsa_window: int = 512
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.006
+    tie_word_embeddings: bool = True
+    max_position_embeddings: int = 4096
+    prefill_chunk: int = 2048
+    attention_backend: str = "auto"
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any):
+        if self.intermediate_size is None:
+            self.intermediate_size = 256 * math.ceil(8 * self.hidden_size / (3 * 256))
+        if self.layer_types is None:
+            self.layer_types = [LAYER_TYPES[layer % 2] for layer in range(self.num_hidden_layers)]
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size={self.hidden_size} is not divisible by num_attention_heads="
+                    f"{self.num_attention_heads}; change one of them or set head_dim"
+                )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        self.scorer_kernel_sizes = list(self.scorer_kernel_sizes)
+        self.scorer_dilations = list(self.scorer_dilations)
+        super().__post_init__(**kwargs)
+        self._check()
+
+    def validate_layer_type(self) -> None:
+        """Replaces the base class's check, which knows other layer types; `_check` has ours."""
+
+    @property
+    def has_scorer(self) -> bool:
+        return self.retention == "lte" and "attention" in self.layer_types
+
+    @property
+    def lookahead(self) -> int:
+        """Tokens that the scorer reads ahead."""
+        return lookahead_of(tuple(self.scorer_kernel_sizes), tuple(self.scorer_dilations))
+
+    @property
+    def target_density(self) -> float:
+        """Share of eligible tokens that fits the budget at the length trained on."""
+        eligible = self.max_position_embeddings - (self.window or 0)
+        return min(1.0, self.budget / eligible) if eligible > 0 else 1.0
+
+    def _check(self) -> None:
+        def one_of(name: str, values: tuple[str, ...]) -> None:
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(values)}")
+
+        def at_least(low: int, *names: str) -> None:
+            for name in names:
+                if getattr(self, name) < low:
+                    raise ValueError(f"{name}={getattr(self, name)} must be at least {low}")
+
+        one_of("retention", RETENTIONS)
+        one_of("position_encoding", POSITION_ENCODINGS)
+        one_of("scorer_sharing", SCORER_SHARING)
+        one_of("attention_backend", ATTENTION_BACKENDS)
+        at_least(1, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        at_least(1, "num_key_value_heads", "head_dim", "gdn_num_heads", "gdn_head_dim", "prefill_chunk")
+        at_least(1, "max_position_embeddings", "penalty_interval")
+        at_least(0, "sinks", "budget", "keep_all_steps")
+        for kind in self.layer_types:
+            if kind not in LAYER_TYPES:
+                raise ValueError(f"layer_types has {kind!r}; use {', '.join(LAYER_TYPES)}")
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"layer_types names {len(self.layer_types)} layers, num_hidden_layers={self.num_hidden_layers}; "
+                "make them equal"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} is not divisible by num_key_value_heads="
+                f"{self.num_key_value_heads}; query heads share KV heads in equal groups"
+            )
+        if self.position_encoding != "none" and self.head_dim % 2:
+            raise ValueError(
+                f"head_dim={self.head_dim} must be even for position_encoding={self.position_encoding!r}"
+            )
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window={self.window} must be at least 1 (the query's own key), or null for no limit")
+        if self.has_scorer:
+            if self.window is None:
+                raise ValueError("window=null keeps every token; use retention='none', or set a window")
+            if self.window <= self.lookahead:
+                raise ValueError(
+                    f"window={self.window} must be larger than the scorer's lookahead {self.lookahead}, or tokens "
+                    "would leave the window before their score is known; enlarge the window or shrink "
+                    "scorer_kernel_sizes or scorer_dilations"
+                )
+        elif self.budget and "attention" in self.layer_types:
+            raise ValueError(
+                f"budget={self.budget} has nothing to fill it with retention='none'; set budget to 0 or retention to 'lte'"
+            )

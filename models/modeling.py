@@ -1,0 +1,481 @@
+"""The hybrid language model: blocks of a mixer and a SwiGLU MLP, as a transformers model.
+
+Shapes: B batch, T tokens, C hidden size, V vocabulary, L attention layers with a scorer, N documents.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import ModelOutput
+
+from lte.layout import check_cu_seqlens
+from lte.scorer import RetentionScorer
+from lte.sparsity import PenaltyControl, RetentionStats
+from models.attention import RetainedAttention, build_scorer
+from models.cache import HybridCache
+from models.config import HybridConfig
+from models.gated_deltanet import GatedDeltaNet
+from models.mixer import Context, MixerState
+from models.padding import LeftAligned, unpad
+from models.rotary import rotary_angles
+
+IGNORE = -100
+
+
+@dataclass
+class HybridOutput(ModelOutput):
+    """Output of `HybridForCausalLM`.
+
+    Attributes:
+        loss: language-model loss, plus the penalty while training; None without labels.
+        lm_loss: mean cross-entropy in nats per predicted token.
+        retention_penalty: Σ λ · mean relu(r - 0.5), already part of `loss` while training.
+        logits: [B, T or logits_to_keep, V].
+        past_key_values: the cache, if one was used.
+        hidden_states: inputs of every block and the final norm's output, if asked for.
+    """
+
+    loss: Tensor | None = None
+    lm_loss: Tensor | None = None
+    retention_penalty: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: HybridCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class HybridModelOutput(ModelOutput):
+    """Output of `HybridModel`: the normed hidden states [B, T, C] and what the scorers decided."""
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: HybridCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    retention: list[RetentionStats] | None = None
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202)."""
+
+    def __init__(self, config: HybridConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_BTC)) * self.up_proj(x_BTC))
+
+
+def build_mixer(config: HybridConfig, kind: str) -> nn.Module:
+    """The mixer of a layer type."""
+    if kind == "attention":
+        return RetainedAttention(config)
+    if kind == "gated_deltanet":
+        return GatedDeltaNet(
+            config.hidden_size,
+            config.gdn_num_heads,
+            config.gdn_head_dim,
+            expand_v=config.gdn_expand_v,
+            conv_size=config.gdn_conv_size,
+            norm_eps=config.rms_norm_eps,
+        )
+    raise ValueError(
+        f"layer_types has {kind!r}, for which this version has no mixer; use gated_deltanet or attention"
+    )
+
+
+class Block(GradientCheckpointingLayer):
+    """Pre-norm residual block."""
+
+    def __init__(self, config: HybridConfig, kind: str):
+        super().__init__()
+        self.mixer_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mixer = build_mixer(config, kind)
+        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x_BTC: Tensor, context: Context, state: MixerState | None = None
+    ) -> tuple[Tensor, RetentionStats | None]:
+        mixed = self.mixer(self.mixer_norm(x_BTC), context, state)
+        x_BTC = x_BTC + mixed.hidden
+        return x_BTC + self.mlp(self.mlp_norm(x_BTC)), mixed.retention
+
+
+class HybridPreTrainedModel(PreTrainedModel):
+    config_class = HybridConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("Block",)
+    _skip_keys_device_placement = "past_key_values"
+    _is_stateful = True  # no assisted decoding: the cache can't be cropped
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear | nn.Embedding):
+            init.normal_(module.weight, std=std)
+        elif isinstance(module, nn.RMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, Block):
+            # outputs to the residual stream shrink with depth, as in GPT-2
+            for linear in (module.mixer.o_proj, module.mlp.down_proj):
+                init.normal_(linear.weight, std=std / math.sqrt(2 * self.config.num_hidden_layers))
+        elif isinstance(module, GatedDeltaNet | RetentionScorer | PenaltyControl) and not _is_loaded(module):
+            module.reset_parameters()
+
+
+def _is_loaded(module: nn.Module) -> bool:
+    """Whether transformers has filled any of the module's tensors from a checkpoint."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return any(getattr(x, "_is_hf_initialized", False) for x in tensors)
+
+
+class HybridModel(HybridPreTrainedModel):
+    """Embedding, blocks and final norm."""
+
+    def __init__(self, config: HybridConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, kind) for kind in config.layer_types)
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        shared = config.has_scorer and config.scorer_sharing == "layers"
+        self.shared_scorer = build_scorer(config) if shared else None
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: HybridCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        cu_seqlens: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        last_columns: int = 0,
+        keep_all: bool = False,
+    ) -> HybridModelOutput:
+        """Hidden states of a batch.
+
+        Args:
+            input_ids: [B, T], or `inputs_embeds` [B, T, C] in their place.
+            attention_mask: [B, T] (or longer with a cache: its last T columns count); 0 for padding.
+            past_key_values: the cache to continue and update.
+            use_cache: make a cache if there is none.
+            cu_seqlens: [N + 1], boundaries of packed documents, with B = 1 and without a cache.
+            last_columns: return the hidden states of the last so many columns only; 0: of all.
+            keep_all: the rule keeps everything and the scorer rests.
+
+        Raises:
+            ValueError: arguments that exclude each other or don't fit.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        x_BTC = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        batch, length = x_BTC.shape[:2]
+        if attention_mask is not None:
+            attention_mask = _check_mask(attention_mask, batch, length, past_key_values)
+        if past_key_values is None and use_cache:
+            past_key_values = HybridCache.allocate(self, batch)
+        if past_key_values is not None:
+            if cu_seqlens is not None:
+                raise ValueError("cu_seqlens packs whole documents: use it without past_key_values")
+            if past_key_values.batch != batch:
+                raise ValueError(
+                    f"past_key_values has {past_key_values.batch} rows, the input {batch}; allocate a cache of that size"
+                )
+            hidden, states = self._cached(
+                x_BTC, attention_mask, past_key_values, last_columns, bool(output_hidden_states)
+            )
+            return HybridModelOutput(last_hidden_state=hidden, past_key_values=past_key_values, hidden_states=states)
+        if cu_seqlens is not None:
+            check_cu_seqlens(cu_seqlens, batch, length)
+            if attention_mask is not None:
+                raise ValueError("packed rows (cu_seqlens) have no padding: leave attention_mask out")
+        restore = None
+        if attention_mask is not None:
+            x_BTC, cu_seqlens, restore = unpad(x_BTC, attention_mask)
+        hidden, retention, states = self._run(x_BTC, cu_seqlens, None, None, keep_all, bool(output_hidden_states))
+        if restore is not None:
+            hidden, states = restore(hidden), states and tuple(restore(x) for x in states)
+        if last_columns:
+            hidden = hidden[:, -last_columns:]
+        return HybridModelOutput(last_hidden_state=hidden, hidden_states=states, retention=retention)
+
+    def _cached(
+        self, x_BTC: Tensor, mask_BT: Tensor | None, cache: HybridCache, last_columns: int, with_states: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """The prompt in chunks, so that memory beyond the result doesn't grow with it."""
+        length, chunk = x_BTC.shape[1], self.config.prefill_chunk
+        first_column = max(0, length - last_columns) if last_columns else 0
+        hiddens, all_states = [], []
+        for start in range(0, length, chunk):
+            piece = x_BTC[:, start : start + chunk]
+            aligned = None
+            if mask_BT is not None:
+                aligned = LeftAligned.of(mask_BT[:, start : start + chunk])
+            if aligned is not None:
+                piece = aligned.apply(piece)
+            lengths = aligned.lengths if aligned is not None else None
+            hidden, _, states = self._run(piece, None, lengths, cache, False, with_states)
+            cache.columns += piece.shape[1]
+            if start + chunk > first_column:
+                skip = max(0, first_column - start)
+                restore = aligned.restore if aligned is not None else lambda x: x
+                hiddens.append(restore(hidden)[:, skip:])
+                all_states.append([restore(x)[:, skip:] for x in states or ()])
+        states = tuple(torch.cat(x, 1) for x in zip(*all_states, strict=True)) if with_states else None
+        return hiddens[0] if len(hiddens) == 1 else torch.cat(hiddens, 1), states
+
+    def _run(
+        self,
+        x_BTC: Tensor,
+        cu_seqlens: Tensor | None,
+        lengths: Tensor | None,
+        cache: HybridCache | None,
+        keep_all: bool,
+        with_states: bool,
+    ) -> tuple[Tensor, list[RetentionStats], tuple[Tensor, ...] | None]:
+        """All blocks over one layout."""
+        context = self._context(x_BTC, cu_seqlens, lengths, cache, keep_all)
+        retention, states = [], []
+        for index, layer in enumerate(self.layers):
+            if with_states:
+                states.append(x_BTC)
+            x_BTC, stats = layer(x_BTC, context, cache.states[index] if cache is not None else None)
+            if stats is not None:
+                retention.append(stats)
+        hidden = self.norm(x_BTC)
+        return hidden, retention, (*states, hidden) if with_states else None
+
+    def _context(self, x_BTC, cu_seqlens, lengths, cache: HybridCache | None, keep_all: bool) -> Context:
+        context = Context(cu_seqlens=cu_seqlens, lengths=lengths, keep_all=keep_all, shared_scorer=self.shared_scorer)
+        if self.config.position_encoding != "rope" or "attention" not in self.config.layer_types:
+            return context
+        positions_BT = context.positions(*x_BTC.shape[:2], x_BTC.device)
+        if cache is not None:
+            attention = cache.states[self.config.layer_types.index("attention")]
+            positions_BT = attention.kv.seen[:, None] + torch.arange(x_BTC.shape[1], device=x_BTC.device)
+        rotary = rotary_angles(positions_BT, self.config.head_dim, self.config.rope_theta)
+        return Context(
+            cu_seqlens=cu_seqlens,
+            lengths=lengths,
+            rotary=rotary,
+            keep_all=keep_all,
+            shared_scorer=self.shared_scorer,
+        )
+
+
+def _check_mask(mask: Tensor, batch: int, length: int, cache: HybridCache | None) -> Tensor | None:
+    """The mask of the new columns [B, T]; None where nothing is padding."""
+    past = cache.columns if cache is not None else 0
+    if mask.ndim != 2 or mask.shape[0] != batch or mask.shape[1] not in (length, past + length):
+        raise ValueError(
+            f"attention_mask {tuple(mask.shape)} must be [{batch}, {length}] for the new tokens"
+            + (f" or [{batch}, {past + length}] with the cached ones" if past else "")
+        )
+    mask = mask[:, -length:]
+    return None if bool((mask != 0).all()) else mask != 0
+
+
+class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
+    """The language model (arXiv 2510.20787): laLTE, laNSA and the baselines, by configuration.
+
+    `forward` takes padded batches (attention_mask), packed documents (cu_seqlens) or new tokens of a cache
+    (past_key_values); the three give the same logits.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: HybridConfig):
+        super().__init__(config)
+        self.model = HybridModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.penalty_control = None
+        if config.has_scorer:
+            self.penalty_control = PenaltyControl(
+                config.layer_types.count("attention"),
+                config.num_key_value_heads,
+                config.target_density,
+                interval=config.penalty_interval,
+                minimum=config.penalty_min,
+                maximum=config.penalty_max,
+            )
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: HybridCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        cu_seqlens: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        return_dict: bool | None = None,
+        **_: object,
+    ) -> HybridOutput | tuple:
+        """Logits and, with labels, the loss.
+
+        Args:
+            input_ids: [B, T] int64; a token's document is the row, or a packed document (cu_seqlens, with B = 1).
+            attention_mask: [B, T]; 0 for padding, which is neither read nor predicted.
+            past_key_values: cache of the tokens before; new tokens may be any number.
+            labels: [B, T], labels[t] is token t itself (the shift is made here); -100 is ignored.
+            logits_to_keep: logits of the last so many columns; 0: of all.
+            num_items_in_batch: predicted tokens of the whole optimizer step, by which the loss is divided
+                (gradient accumulation); None: those of this call.
+        """
+        keep_all = self._keeps_all()
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            cu_seqlens=cu_seqlens,
+            output_hidden_states=output_hidden_states,
+            last_columns=logits_to_keep if labels is None else 0,
+            keep_all=keep_all,
+        )
+        logits = self.lm_head(outputs.last_hidden_state)
+        loss = lm_loss = penalty = None
+        if outputs.retention:
+            penalty = self.penalty_control.penalty(outputs.retention)
+            self.penalty_control.observe(outputs.retention)
+        if labels is not None:
+            targets = shift_labels(labels, attention_mask, cu_seqlens)
+            lm_loss, share = cross_entropy(logits, targets, num_items_in_batch)
+            loss = lm_loss
+            if penalty is not None and self.training:
+                # a micro-batch carries its share of the step's penalty
+                loss = loss + penalty * share
+        output = HybridOutput(
+            loss=loss,
+            lm_loss=lm_loss,
+            retention_penalty=penalty,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+        return output if return_dict is not False else output.to_tuple()
+
+    def _keeps_all(self) -> bool:
+        control = self.penalty_control
+        if control is None or not self.training or self.config.keep_all_steps == 0:
+            return False
+        return int(control.steps) < self.config.keep_all_steps
+
+    def update_retention_penalty(self) -> None:
+        """After each optimizer step: steer the L1 penalty's weight to the target density (lte/sparsity.py)."""
+        if self.penalty_control is not None:
+            self.penalty_control.update()
+
+    @torch.no_grad()
+    def retention_report(self) -> dict[str, float]:
+        """Kept density (and tokens per head at the training length) and λ, averaged over layers and heads."""
+        control = self.penalty_control
+        if control is None:
+            return {}
+        density = control.density.clamp(min=0)
+        eligible = max(0, self.config.max_position_embeddings - self.config.window)
+        report = {
+            "kept_density": density.mean(),
+            "kept_per_head": density.mean() * eligible,
+            "lambda_mean": control.penalty_weight.mean(),
+            "lambda_max": control.penalty_weight.max(),
+        }
+        for layer, row in enumerate(density):
+            report[f"kept_per_head/layer_{layer}"] = row.mean() * eligible
+            report[f"lambda/layer_{layer}"] = control.penalty_weight[layer].mean()
+        return {name: float(value) for name, value in report.items()}
+
+    def set_retention_budget(self, budget: int | None) -> None:
+        """Enforce another budget in evaluation and in caches made from now on; None: the config's."""
+        if budget is not None and budget < 0:
+            raise ValueError(f"budget={budget} must be 0 or more, or None for the config's {self.config.budget}")
+        for layer in self.model.layers:
+            if isinstance(layer.mixer, RetainedAttention):
+                layer.mixer.budget = self.config.budget if budget is None else budget
+
+    def parameter_groups(self, weight_decay: float, lr: float) -> list[dict]:
+        """Optimizer groups: no decay for norms, biases, A_log, dt_bias; the scorer's rate is scaled."""
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for name, parameter in self.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            scorer = "scorer." in name
+            decays = parameter.ndim >= 2 and not any(x in name for x in ("norm", "biases", "out_weight", "out_bias"))
+            groups.setdefault((decays, scorer), []).append(parameter)
+        return [
+            {
+                "params": parameters,
+                "weight_decay": weight_decay if decays else 0.0,
+                "lr": lr * (self.config.scorer_lr_scale if scorer else 1.0),
+            }
+            for (decays, scorer), parameters in groups.items()
+        ]
+
+    def new_cache(self, batch: int = 1) -> HybridCache:
+        """An empty cache for `batch` rows."""
+        return HybridCache.allocate(self.model, batch)
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs: dict, generation_mode, batch_size: int, max_cache_length: int
+    ) -> None:
+        """`generate` makes our cache instead of a dynamic one."""
+        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+            return
+        if generation_config.cache_implementation is not None:
+            raise ValueError(
+                f"cache_implementation={generation_config.cache_implementation!r} doesn't apply: "
+                "this model has a cache of its own; leave it out"
+            )
+        rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
+        model_kwargs["past_key_values"] = self.new_cache(rows)
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, is_first_iteration: bool | None = False, **kwargs):
+        """As in transformers; after the prompt nothing is padding, so a decoding step needs no mask."""
+        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        inputs.pop("position_ids", None)
+        if not is_first_iteration and inputs.get("past_key_values") is not None:
+            inputs.pop("attention_mask", None)
+        return inputs
+
+
+def shift_labels(labels_BT: Tensor, mask_BT: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """Target of each column: the next token of the same document, or IGNORE."""
+    if mask_BT is not None:
+        labels_BT = labels_BT.masked_fill(mask_BT[:, -labels_BT.shape[1] :] == 0, IGNORE)
+    targets_BT = F.pad(labels_BT[:, 1:], (0, 1), value=IGNORE)
+    if cu_seqlens is not None:
+        last = cu_seqlens[1:].to(torch.int64) - 1
+        targets_BT = targets_BT.index_fill(1, last.clamp(min=0), IGNORE)
+    elif mask_BT is not None:
+        # padding to the left of a document doesn't predict its first token
+        targets_BT = targets_BT.masked_fill(mask_BT[:, -labels_BT.shape[1] :] == 0, IGNORE)
+    return targets_BT
+
+
+def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor, items: Tensor | int | None) -> tuple[Tensor, Tensor]:
+    """Loss in nats per item (in float32), and the share of the items that lies in this call."""
+    total = F.cross_entropy(
+        logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), ignore_index=IGNORE, reduction="sum"
+    )
+    count = (targets_BT != IGNORE).sum()
+    if items is None:
+        return total / count.clamp(min=1), torch.ones_like(total)
+    items = torch.as_tensor(items, device=total.device)
+    return total / items, count / items
