@@ -1,0 +1,1 @@
+"""Evaluations: needles in haystacks, with their definitions, result files, tables and figures."""
