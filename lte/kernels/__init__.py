@@ -1,0 +1,1 @@
+"""Triton kernels; import their modules only where they run."""

@@ -1,0 +1,302 @@
+"""Interval attention: key j is visible to the query at index i iff j <= i < end[j] (arXiv 2510.20787).
+
+A block of queries reads two kinds of key tiles: contiguous "near" tiles that cover the window, and tiles gathered
+from the list of "columns", the earlier keys that outlive their window. So a query costs window + kept keys.
+
+Letters in shape suffixes: B batch, T query tokens, S keys, Q query heads, H KV heads, D head_dim, N = B·H,
+R = T·G rows (query token, head of the group), which is what a tile of queries consists of.
+"""
+
+import contextlib
+import functools
+import math
+import os
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lte.kernels.attention_backward import attention_backward
+from lte.kernels.columns import (
+    Geometry,
+    Tile,
+    block_tokens,
+    build_schedule,
+    load_key_tile,
+    load_tile,
+    masked_tile,
+    read_plan,
+    row_offsets,
+    tile_shift,
+)
+
+LOG2E = 1.4426950408889634
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_HEAD_DIM = 256
+HOPPER_SHARED_BYTES = 200 * 1024
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tiles of the three kernels, tokens per span of the column lists, and keys looked at in one scan step."""
+
+    forward: Tile
+    query: Tile
+    key: Tile
+    span_tokens: int = 512
+    scan: int = 4096
+
+
+HALF_TILES = {
+    32: Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 64, 4, 3)),
+    64: Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 3, 128), Tile(64, 64, 4, 3)),
+    128: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
+    256: Tiles(Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
+}
+SINGLE_TILES = {
+    32: Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(32, 32, 8, 1)),
+    64: Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+    128: Tiles(Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+    256: Tiles(Tile(16, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
+}
+
+
+@triton.jit
+def _softmax_step(acc, total, peak, q, k, v, i, j, e, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if MASKED:
+        s = tl.where((j[None, :] <= i[:, None]) & (i[:, None] < e[None, :]), s, float("-inf"))
+    new_peak = tl.maximum(peak, tl.max(s, 1) * scale)
+    base = new_peak
+    if MASKED:  # a row that has seen no key yet: keep -inf - -inf out
+        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    p = tl.math.exp2(s * scale - base[:, None])
+    shrink = tl.math.exp2(peak - base)
+    total = total * shrink + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+    return acc, total, new_peak
+
+
+@triton.jit(do_not_specialize=["tokens", "keys", "offset", "first", "window", "blocks", "spans"])
+def _forward_kernel(
+    q_ptr, k_ptr, v_ptr, end_ptr, plan_ptr, columns_ptr, out_ptr, lse_ptr, q_b, q_t, q_h, k_b, k_t, k_h,
+    v_b, v_t, v_h, tokens, keys, offset, first, window, blocks, spans, capacity, scale,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PAD_DIM: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr, SPAN: tl.constexpr, HAS_COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    heads = tl.num_programs(0) // blocks
+    n = (tl.program_id(0) % heads).to(tl.int64)
+    block = blocks - 1 - tl.program_id(0) // heads  # the longest first
+    b = n // HEADS
+    h = n % HEADS
+    k_ptr += b * k_b + h * k_h
+    v_ptr += b * v_b + h * v_h
+    end_ptr += n * keys
+    columns_ptr += (n * spans + block // SPAN) * capacity
+    pad, slot_tiles = tile_shift(offset, KEYS)
+    t_first, t_last = block_tokens(block, tokens, GROUP, ROWS)
+    lo, full, diagonal, stop, full_columns, columns = read_plan(
+        plan_ptr + (n * blocks + block) * 4, t_first, t_last, offset, first, window, slot_tiles, KEYS
+    )
+
+    row = block * ROWS + tl.arange(0, ROWS)
+    in_rows = row < tokens * GROUP
+    i = first + row // GROUP
+    q_at = q_ptr + b * q_b + h * GROUP * q_h
+    q = load_tile(q_at, row_offsets(row, q_t, q_h, GROUP), 1, in_rows, DIM, PAD_DIM, True)
+    acc = tl.zeros([ROWS, PAD_DIM], tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    peak = tl.full([ROWS], float("-inf"), tl.float32)
+    lane = tl.arange(0, KEYS)
+
+    if HAS_COLUMNS:
+        for at in range(0, full_columns, KEYS):
+            j = tl.load(columns_ptr + at + lane).to(tl.int64)
+            k, v = load_key_tile(k_ptr, v_ptr, j, k_t, v_t, None, DIM, PAD_DIM, False)
+            acc, total, peak = _softmax_step(acc, total, peak, q, k, v, i, j, j, scale, False, PRECISION)
+    for tile in range(full, diagonal):
+        start = (tile * KEYS - pad).to(tl.int64)
+        k, v = load_key_tile(k_ptr + start * k_t, v_ptr + start * v_t, lane, k_t, v_t, None, DIM, PAD_DIM, False)
+        acc, total, peak = _softmax_step(acc, total, peak, q, k, v, i, lane, lane, scale, False, PRECISION)
+    columns_left = tl.cdiv(columns - full_columns, KEYS)
+    for step in range(0, columns_left + full - lo + stop - diagonal):
+        j, inside, e = masked_tile(
+            step, columns_left, full - lo, lo, diagonal, pad, columns_ptr, full_columns, columns, end_ptr, keys, KEYS
+        )
+        k, v = load_key_tile(k_ptr, v_ptr, j.to(tl.int64), k_t, v_t, inside, DIM, PAD_DIM, True)
+        acc, total, peak = _softmax_step(acc, total, peak, q, k, v, i, j, e, scale, True, PRECISION)
+
+    empty = total == 0.0
+    out = acc / tl.where(empty, 1.0, total)[:, None]
+    lse = tl.where(empty, float("inf"), peak + tl.math.log2(tl.where(empty, 1.0, total)))
+    tl.store(lse_ptr + n * tokens * GROUP + row, lse, mask=in_rows)
+    dim = tl.arange(0, PAD_DIM)
+    out_at = row_offsets(row, HEADS * GROUP * DIM, DIM, GROUP)[:, None] + dim[None, :]
+    out_ptr += b * tokens * (HEADS * GROUP * DIM) + h * (GROUP * DIM)
+    tl.store(out_ptr + out_at, out.to(out_ptr.dtype.element_ty), mask=in_rows[:, None] & (dim < DIM)[None, :])
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, end: Tensor, window: int, scale: float, offset: int) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}: give [batch, tokens, heads, head_dim]")
+        if x.dtype not in DTYPES or x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(
+                f"{name} is {x.dtype} on {x.device}, q {q.dtype} on {q.device}: give q, k and v in one dtype "
+                "(bfloat16, float16 or float32) on one device"
+            )
+    batch, tokens, q_heads, dim = q.shape
+    keys, heads = k.shape[1], k.shape[2]
+    if v.shape != k.shape or k.shape[0] != batch or k.shape[3] != dim:
+        raise ValueError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} don't fit: k and v need one shape, "
+            "and q's batch and head_dim"
+        )
+    if heads < 1 or q_heads % heads:
+        raise ValueError(f"{q_heads} query heads over {heads} KV heads: give a multiple of the KV heads")
+    if not 1 <= dim <= MAX_HEAD_DIM:
+        raise ValueError(f"head_dim {dim} is outside 1..{MAX_HEAD_DIM}: use another backend")
+    if tokens < 1 or keys < tokens:
+        raise ValueError(f"{tokens} queries over {keys} keys: give 1 <= queries <= keys")
+    if end.shape != (batch, keys, heads) or end.dtype != torch.int32 or end.device != q.device:
+        raise ValueError(
+            f"end is {end.dtype} {tuple(end.shape)} on {end.device}: give int32 {(batch, keys, heads)} on {q.device}"
+        )
+    if window < 1:
+        raise ValueError(f"window {window} is below 1: a window counts the query's own key")
+    if not 0 <= offset <= keys - tokens:
+        raise ValueError(f"offset {offset} is outside 0..{keys - tokens}: cache slots come before the query tokens")
+    if not scale > 0:
+        raise ValueError(f"scale {scale} is not positive: fold its sign into q")
+    if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(f"q is on {q.device}: move it to a CUDA device or use the reference backend")
+
+
+@functools.cache
+def _shared_bytes(device: int) -> int:
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def _choose_tiles(q: Tensor) -> Tiles:
+    """The fixed table's entry for q's head_dim and dtype; one stage on devices with less shared memory."""
+    table = SINGLE_TILES if q.dtype == torch.float32 else HALF_TILES
+    tiles = table[max(32, triton.next_power_of_2(q.shape[3]))]
+    if q.is_cuda and _shared_bytes(q.device.index) < HOPPER_SHARED_BYTES:
+        names = ("forward", "query", "key")
+        tiles = replace(tiles, **{name: getattr(tiles, name)._replace(stages=1) for name in names})
+    return tiles
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, end_NS: Tensor, sizes: Geometry, tiles: Tiles) -> tuple[Tensor, Tensor]:
+    """Output [B, T, Q, D] and the base-2 logarithm of each row's softmax sum, +inf where a row sees no key."""
+    tile = tiles.forward
+    heads = sizes.batch * sizes.heads
+    plan = build_schedule(end_NS, sizes, tile, span_tokens=tiles.span_tokens, scan=tiles.scan)
+    blocks = plan.plan_NQ4.shape[1]
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse_NR = torch.empty(heads, sizes.tokens * sizes.group, dtype=torch.float32, device=q.device)
+    _forward_kernel[(blocks * heads,)](
+        q, k, v, end_NS, plan.plan_NQ4, plan.columns_NPS, out, lse_NR,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        sizes.tokens, sizes.keys, sizes.offset, sizes.first, sizes.window,
+        blocks, *plan.columns_NPS.shape[1:], sizes.scale * LOG2E,
+        **sizes.constants(), ROWS=tile.rows, KEYS=tile.keys, SPAN=plan.span, HAS_COLUMNS=sizes.has_columns,
+        **tile.options(),
+    )  # fmt: skip
+    return out, lse_NR
+
+
+class _IntervalAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, end_NS, sizes, tiles):
+        with _on_device(q):
+            out, lse_NR = _forward(q, k, v, end_NS, sizes, tiles)
+        ctx.save_for_backward(q, k, v, out, lse_NR, end_NS)
+        ctx.sizes, ctx.tiles = sizes, tiles
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, do):
+        q, k, v, out, lse_NR, end_NS = ctx.saved_tensors
+        tiles = ctx.tiles
+        with _on_device(q):
+            dq, dk, dv = attention_backward(
+                _unit_stride(do),
+                q,
+                k,
+                v,
+                out,
+                lse_NR,
+                end_NS,
+                ctx.sizes,
+                query_tile=tiles.query,
+                key_tile=tiles.key,
+                span_tokens=tiles.span_tokens,
+                scan=tiles.scan,
+            )
+        return dq, dk, dv, None, None, None
+
+
+def _on_device(x: Tensor) -> contextlib.AbstractContextManager:
+    """Kernels are launched on the current device: make it x's."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(3) == 1 else x.contiguous()
+
+
+def interval_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    end: Tensor,
+    *,
+    window: int,
+    scale: float | None = None,
+    offset: int | None = None,
+    tiles: Tiles | None = None,
+) -> Tensor:
+    """Causal attention in which every key has a last query (arXiv 2510.20787, section 3), differentiable in q, k, v.
+
+    Query t has index i = t + keys − queries; key j is visible to it iff j <= i < end[b, j, h]. Query head n reads
+    KV head n // (query heads / KV heads). A query that sees nothing gives 0. Softmax and sums are float32.
+
+    Args:
+        q: [B, T, Q, D], bfloat16, float16 or float32.
+        k, v: [B, S, H, D], S >= T, Q a multiple of H.
+        end: [B, S, H] int32.
+        window: keys up to this distance before a query (its own counted) are read as contiguous tiles, others one
+            by one if they live longer. It decides the speed, never the result.
+        scale: factor of the scores; None: D ** -0.5.
+        offset: keys below it are cache slots, whose ends have nothing to do with their place; None: S − T.
+        tiles: tile shapes; None: the fixed table's entry for head_dim and dtype.
+
+    Returns:
+        [B, T, Q, D] in q's dtype.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or numbers that don't fit; no CUDA device.
+    """
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    offset = k.shape[1] - q.shape[1] if offset is None else offset
+    _check(q, k, v, end, window, scale, offset)
+    batch, keys, heads, dim = k.shape
+    sizes = Geometry(
+        batch=batch,
+        tokens=q.shape[1],
+        keys=keys,
+        heads=heads,
+        group=q.shape[2] // heads,
+        dim=dim,
+        offset=offset,
+        window=min(window, keys),
+        scale=scale,
+        single=q.dtype == torch.float32,
+    )
+    end_NS = end.transpose(1, 2).contiguous().view(batch * heads, keys)
+    q, k, v = (_unit_stride(x) for x in (q, k, v))
+    return _IntervalAttention.apply(q, k, v, end_NS, sizes, tiles or _choose_tiles(q))

@@ -1,0 +1,294 @@
+"""Schedules for interval attention: which key tiles and which single keys ("columns") a block of queries reads.
+
+Letters in shape suffixes: B batch, H KV heads, N = B·H, S keys, Q query blocks, P spans of query blocks,
+K key tiles. Keys below `offset` are cache slots in any order; `first` is the index of query 0. A key tile k
+holds the keys [k·KEYS − pad, (k+1)·KEYS − pad), pad = −offset mod KEYS, so that no tile mixes slots and tokens.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BIG = tl.constexpr(2**31 - 1)
+
+
+class Tile(NamedTuple):
+    """One kernel: query rows, keys, warps, pipeline stages, limit of registers a thread (None: the compiler's)."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+    registers: int | None = None
+
+    def options(self) -> dict[str, int]:
+        """Launch options."""
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return dict(num_warps=self.warps, num_stages=self.stages, **limit)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of one call: `keys` = cache slots and earlier tokens + `tokens`; `offset` slots lie in any order."""
+
+    batch: int
+    tokens: int
+    keys: int
+    heads: int
+    group: int
+    dim: int
+    offset: int
+    window: int
+    scale: float
+    single: bool
+
+    @property
+    def first(self) -> int:
+        """Index of query 0."""
+        return self.keys - self.tokens
+
+    @property
+    def has_columns(self) -> bool:
+        """False if near tiles cover every key."""
+        return self.offset > 0 or self.window < self.keys - self.offset
+
+    def constants(self) -> dict[str, int | str]:
+        """Compile-time arguments that all attention kernels share."""
+        pad_dim = max(16, triton.next_power_of_2(self.dim))
+        precision = "ieee" if self.single else "tf32"  # only read for float32 operands
+        return dict(HEADS=self.heads, GROUP=self.group, DIM=self.dim, PAD_DIM=pad_dim, PRECISION=precision)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What each query block of the forward (and dq) kernel reads.
+
+    plan_NQ4: int32: first near tile with a live key, first near tile that needs no mask, number of leading
+        columns that need no mask, number of columns.
+    columns_NPS: int32: per span of query blocks, the ascending indices of the keys that can still be seen there
+        and lie before the near tiles.
+    span: query blocks in a span.
+    """
+
+    plan_NQ4: Tensor
+    columns_NPS: Tensor
+    span: int
+
+
+@triton.jit
+def tile_shift(offset, KEYS: tl.constexpr):
+    """(pad, number of slot tiles) of the key tiling."""
+    pad = (KEYS - offset % KEYS) % KEYS
+    return pad, (offset + pad) // KEYS
+
+
+@triton.jit
+def is_column(j, e, offset, first, window):
+    """True where key j with end e outlives its window (or is a slot) and some query can still see it."""
+    return ((e > j + window) | (j < offset)) & (e > first)
+
+
+@triton.jit
+def block_tokens(block, tokens, GROUP: tl.constexpr, ROWS: tl.constexpr):
+    """First and last token of a block of ROWS (token, head of the group) rows."""
+    return block * ROWS // GROUP, tl.minimum((block * ROWS + ROWS - 1) // GROUP, tokens - 1)
+
+
+@triton.jit
+def near_tiles(t_first, t_last, offset, first, window, slot_tiles, KEYS: tl.constexpr):
+    """Tile numbers: first near tile, first tile with a key after t_first, one past the tile of t_last."""
+    u_first = t_first + first - offset
+    near = slot_tiles + tl.maximum(u_first - window + 1, 0) // KEYS
+    return near, slot_tiles + (u_first + 1) // KEYS, slot_tiles + (t_last + first - offset) // KEYS + 1
+
+
+@triton.jit
+def rank_columns(column):
+    """Rank of each flagged key of a [tiles, keys] block in reading order, and flags per tile."""
+    flag = column.to(tl.int32)
+    per_tile = tl.sum(flag, 1)
+    rank = (tl.cumsum(per_tile, 0) - per_tile)[:, None] + tl.cumsum(flag, 1) - flag
+    return rank, per_tile
+
+
+@triton.jit
+def load_tile(ptr, row, stride, inside, DIM: tl.constexpr, PAD_DIM: tl.constexpr, CHECK: tl.constexpr):
+    """[rows, PAD_DIM] tile of the given rows; channels past DIM, and rows outside if CHECK, are 0."""
+    dim = tl.arange(0, PAD_DIM)
+    at = ptr + row[:, None] * stride + dim[None, :]
+    if CHECK:
+        return tl.load(at, mask=inside[:, None] & (dim < DIM)[None, :], other=0.0)
+    elif DIM != PAD_DIM:
+        return tl.load(at, mask=(dim < DIM)[None, :], other=0.0)
+    else:
+        return tl.load(at)
+
+
+@triton.jit
+def row_offsets(row, stride_t, stride_h, GROUP: tl.constexpr):
+    """Element offset of each (token, head of the group) row in a [T, G, D] view."""
+    return (row // GROUP).to(tl.int64) * stride_t + (row % GROUP) * stride_h
+
+
+@triton.jit
+def load_key_tile(k_ptr, v_ptr, j, stride_k, stride_v, inside, DIM, PAD_DIM: tl.constexpr, CHECK: tl.constexpr):
+    """Keys and values of the indices j."""
+    k = load_tile(k_ptr, j, stride_k, inside, DIM, PAD_DIM, CHECK)
+    v = load_tile(v_ptr, j, stride_v, inside, DIM, PAD_DIM, CHECK)
+    return k, v
+
+
+@triton.jit
+def masked_tile(
+    step, columns_left, near_left, plan_lo, diagonal, pad, columns_ptr, column_from, columns, end_ptr,
+    keys,
+    KEYS: tl.constexpr,
+):  # fmt: skip
+    """Indices and ends of the keys of one masked tile: first the columns, then both rims of the near tiles."""
+    lane = tl.arange(0, KEYS)
+    is_column = step < columns_left
+    at = column_from + step * KEYS + lane
+    gathered = tl.load(columns_ptr + at, mask=at < tl.where(is_column, columns, 0), other=keys)
+    near = step - columns_left
+    tile = tl.where(near < near_left, plan_lo + near, diagonal + near - near_left)
+    j = tl.where(is_column, gathered, tile * KEYS - pad + lane)
+    inside = j < keys
+    return j, inside, tl.load(end_ptr + j, mask=inside, other=0)
+
+
+@triton.jit
+def read_plan(plan_ptr, t_first, t_last, offset, first, window, pad_tiles, KEYS: tl.constexpr):
+    """Bounds of the loops: columns without and with mask, and the near tiles [lo, full, diagonal, stop)."""
+    lo = tl.load(plan_ptr)
+    full = tl.load(plan_ptr + 1)
+    full_columns = tl.load(plan_ptr + 2)
+    columns = tl.load(plan_ptr + 3)
+    _, diagonal, stop = near_tiles(t_first, t_last, offset, first, window, pad_tiles, KEYS)
+    return lo, full, tl.maximum(diagonal, lo), stop, full_columns, columns
+
+
+@triton.jit(do_not_specialize=["tokens", "keys", "offset", "first", "window", "blocks"])
+def _schedule_kernel(
+    end_ptr, plan_ptr, columns_ptr, tokens, keys, offset, first, window, blocks,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SPAN: tl.constexpr, SCAN: tl.constexpr,
+    HAS_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    span = tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    pad, slot_tiles = tile_shift(offset, KEYS)
+    block = span * SPAN + tl.arange(0, SPAN)
+    t_first, t_last = block_tokens(block, tokens, GROUP, ROWS)
+    near, diagonal, stop = near_tiles(t_first, t_last, offset, first, window, slot_tiles, KEYS)
+    last_block = tl.minimum(span * SPAN + SPAN, blocks) - 1
+    span_first, span_last = block_tokens(span * SPAN, tokens, GROUP, ROWS)
+    first_near, _, _ = near_tiles(span_first, span_last, offset, first, window, slot_tiles, KEYS)
+    last_first, last_last = block_tokens(last_block, tokens, GROUP, ROWS)
+    last_near, _, last_stop = near_tiles(last_first, last_last, offset, first, window, slot_tiles, KEYS)
+
+    live_from = stop
+    full_from = near
+    count = tl.zeros([SPAN], tl.int32)
+    lowest = tl.full([SPAN], BIG, tl.int32)
+    total = 0
+    columns_ptr += (head * tl.num_programs(0) + span) * keys
+    for tile0 in range(0, last_stop, SCAN):
+        tile = tile0 + tl.arange(0, SCAN)
+        j = tile[:, None] * KEYS - pad + tl.arange(0, KEYS)[None, :]
+        inside = (j >= 0) & (j < keys)
+        e = tl.minimum(tl.load(end_ptr + head * keys + j, mask=inside, other=0), keys)
+        if HAS_COLUMNS:
+            column = inside & (tile < last_near)[:, None] & (e > first + span_first)
+            column = column & is_column(j, e, offset, first, window)
+            rank, per_tile = rank_columns(column)
+            tl.store(columns_ptr + total + rank, j, mask=column)
+            total += tl.sum(per_tile, 0)
+            low = tl.min(tl.where(column, e, BIG), 1)
+            if tile0 + SCAN <= first_near:  # columns of every block of the span
+                count += tl.sum(per_tile, 0)
+                lowest = tl.minimum(lowest, tl.min(low, 0))
+            else:
+                before = tile[None, :] < near[:, None]
+                count += tl.sum(tl.where(before, per_tile[None, :], 0), 1)
+                lowest = tl.minimum(lowest, tl.min(tl.where(before, low[None, :], BIG), 1))
+        if tile0 + SCAN > first_near:
+            max_end = tl.max(e, 1)
+            min_end = tl.min(tl.where(inside, e, BIG), 1)
+            is_near = (tile[None, :] >= near[:, None]) & (tile[None, :] < stop[:, None])
+            live = is_near & (max_end[None, :] > (first + t_first)[:, None])
+            live_from = tl.minimum(live_from, tl.min(tl.where(live, tile[None, :], BIG), 1))
+            cut = is_near & (min_end[None, :] <= (first + t_last)[:, None]) & (tile[None, :] < diagonal[:, None])
+            full_from = tl.maximum(full_from, tl.max(tl.where(cut, tile[None, :] + 1, 0), 1))
+
+    full_from = tl.minimum(tl.maximum(full_from, live_from), tl.maximum(diagonal, live_from))
+    full_columns = tl.where(lowest > first + t_last, count // KEYS * KEYS, 0)
+    plan_ptr += (head * blocks + block) * 4
+    store = block < blocks
+    tl.store(plan_ptr, live_from, mask=store)
+    tl.store(plan_ptr + 1, full_from, mask=store)
+    tl.store(plan_ptr + 2, full_columns, mask=store)
+    tl.store(plan_ptr + 3, count, mask=store)
+
+
+@triton.jit(do_not_specialize=["keys", "offset", "first", "window", "tiles"])
+def _columns_kernel(
+    end_ptr, columns_ptr, prefix_ptr, keys, offset, first, window, tiles,
+    KEYS: tl.constexpr, SCAN: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0).to(tl.int64)
+    pad, _ = tile_shift(offset, KEYS)
+    total = 0
+    prefix_ptr += head * (tiles + 1)
+    for tile0 in range(0, tiles, SCAN):
+        tile = tile0 + tl.arange(0, SCAN)
+        j = tile[:, None] * KEYS - pad + tl.arange(0, KEYS)[None, :]
+        inside = (j >= 0) & (j < keys)
+        e = tl.minimum(tl.load(end_ptr + head * keys + j, mask=inside, other=0), keys)
+        column = inside & is_column(j, e, offset, first, window)
+        rank, per_tile = rank_columns(column)
+        tl.store(columns_ptr + head * keys + total + rank, j, mask=column)
+        tl.store(prefix_ptr + tile, total + tl.cumsum(per_tile, 0) - per_tile, mask=tile < tiles)
+        total += tl.sum(per_tile, 0)
+    tl.store(prefix_ptr + tiles, total)
+
+
+def build_schedule(end_NS: Tensor, sizes: Geometry, tile: Tile, *, span_tokens: int, scan: int) -> Schedule:
+    """Schedule of all query blocks; one launch, no host synchronisation.
+
+    A span covers at least `span_tokens` tokens, and there are at most head_dim of them: the lists take no more
+    memory than k and v do in bfloat16. `scan` is the number of keys looked at in one step.
+    """
+    blocks = triton.cdiv(sizes.tokens * sizes.group, tile.rows)
+    wanted = max(triton.cdiv(span_tokens * sizes.group, tile.rows), triton.cdiv(blocks, sizes.dim))
+    span = triton.next_power_of_2(wanted)
+    spans = triton.cdiv(blocks, span)
+    heads, capacity = end_NS.shape[0], sizes.keys if sizes.has_columns else 1
+    plan_NQ4 = torch.empty(heads, blocks, 4, dtype=torch.int32, device=end_NS.device)
+    columns_NPS = torch.empty(heads, spans, capacity, dtype=torch.int32, device=end_NS.device)
+    _schedule_kernel[(spans, heads)](
+        end_NS, plan_NQ4, columns_NPS,
+        sizes.tokens, sizes.keys, sizes.offset, sizes.first, sizes.window, blocks,
+        GROUP=sizes.group, ROWS=tile.rows, KEYS=tile.keys, SPAN=span, SCAN=max(1, scan // tile.keys),
+        HAS_COLUMNS=sizes.has_columns, num_warps=8,
+    )  # fmt: skip
+    return Schedule(plan_NQ4, columns_NPS, span)
+
+
+def list_columns(end_NS: Tensor, sizes: Geometry, width: int, *, scan: int) -> tuple[Tensor, Tensor]:
+    """(columns_NS, prefix_NK1): all columns of a head in ascending order; columns before each key tile, then all.
+
+    Key tiles are `width` keys wide.
+    """
+    heads = end_NS.shape[0]
+    tiles = triton.cdiv(sizes.keys + -sizes.offset % width, width)
+    columns_NS = torch.empty(heads, sizes.keys, dtype=torch.int32, device=end_NS.device)
+    prefix_NK1 = torch.empty(heads, tiles + 1, dtype=torch.int32, device=end_NS.device)
+    _columns_kernel[(heads,)](
+        end_NS, columns_NS, prefix_NK1,
+        sizes.keys, sizes.offset, sizes.first, sizes.window, tiles,
+        KEYS=width, SCAN=max(1, scan // width), num_warps=8,
+    )  # fmt: skip
+    return columns_NS, prefix_NK1
