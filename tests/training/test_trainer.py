@@ -1,0 +1,326 @@
+"""Whole runs on a tiny model: what a run leaves, exact continuation after SIGKILL, and runs that fail."""
+
+import json
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from training import checkpoints, setup
+from training.checkpoints import CheckpointError
+from training.config import load_config, save_config
+from training.trainer import HybridTrainer, NonFiniteLoss, cosine, train
+
+ROOT = Path(__file__).parents[2]
+
+RUN = """
+model: {{config: {folder}/model.json}}
+tokenizer: {{path: {folder}/tokenizer}}
+data:
+  sources:
+    - {{path: {folder}/texts.txt, separator: "\\n<end>\\n", weight: 2}}
+    - {{path: {folder}/texts.txt, separator: "\\n<end>\\n", streaming: true}}
+  sequence_length: 96
+  shuffle_buffer: 9
+  cache_dir: {folder}/cache
+needles:
+  fraction: 0.3
+  digits: 2
+  key_type: number
+  preamble: "Facts:"
+  needle: "{{key}} has {{value}}."
+  question: "{{key}}?"
+  prefix: "It is"
+  noise: "So it goes."
+curriculum:
+  - {{until_step: 5, sequence_length: 64, needles: {{digits: 1}}}}
+optimizer: {{lr: 3.0e-3, warmup_steps: 4}}
+batch: {{sequences: 2, accumulation: 2}}
+checkpoint: {{every: 4, keep: 2}}
+log: {{every: 1, tensorboard: false, progress: false}}
+steps: 12
+device: cpu
+output: {folder}/run
+"""
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def folder(tmp_path, text_file, model_file, tokenizer):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "run.yaml").write_text(RUN.format(folder=tmp_path))
+    return tmp_path
+
+
+def configured(folder, *changes):
+    return load_config(folder / "run.yaml", changes)
+
+
+def history(run: Path) -> list[dict]:
+    """Log entries without what depends on the clock."""
+    entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in entry.items() if k != "tokens_per_s"} for entry in entries]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert history(one) == history(other)
+    first, second = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_run_leaves_a_loadable_model_and_its_history(folder, monkeypatch):
+    loads = []
+    load = torch.load
+    monkeypatch.setattr(torch, "load", lambda *a, **k: (loads.append(k.get("weights_only")), load(*a, **k))[1])
+    config = configured(folder, "log.tensorboard=true", "checkpoint.every=5")
+    run = train(config)
+    assert sorted(p.name for p in run.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-12"]
+    assert list((run / "tensorboard").iterdir())
+    assert not [p for p in run.rglob("*") if p.suffix in (".bin", ".pkl") or p.name.startswith(".")]
+    assert load_config(run / "config.yaml") == config
+    entries = history(run)
+    assert [entry["step"] for entry in entries] == list(range(1, 13))
+    assert {"loss", "lm_loss", "retention_penalty", "grad_norm", "learning_rate", "kept_per_head"} <= set(entries[0])
+    assert [entry["sequence_length"] for entry in entries] == [64] * 5 + [96] * 7
+    # 2 rows of 96 tokens make 3 of 64: the tokens of a step stay the same
+    assert [entry["tokens"] for entry in entries] == [2 * 192 * (i + 1) for i in range(12)]
+    assert entries[-1]["loss"] < entries[0]["loss"] - 0.1
+    assert entries[-1]["retention_penalty"] > 0
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(run), AutoTokenizer.from_pretrained(run)
+    assert model.config.use_cache is True
+    assert model.config.max_position_embeddings == 96
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    tokens = tokenizer("The river sings.", return_tensors="pt")
+    assert model.generate(**tokens, max_new_tokens=3, do_sample=False).shape[1] == tokens["input_ids"].shape[1] + 3
+    saved = (run / "model.safetensors").read_bytes()
+    assert train(config) == run
+    assert (run / "model.safetensors").read_bytes() == saved
+    shutil.rmtree(run / "checkpoint-12")
+    train(config)
+    assert history(run) == entries
+    assert (run / "model.safetensors").read_bytes() == saved
+    # stopped between the last checkpoint and the final model
+    (run / "model.safetensors").unlink()
+    train(config)
+    assert (run / "model.safetensors").read_bytes() == saved
+    assert loads
+    assert all(value is True for value in loads)
+
+
+def test_sigkill_and_resume_give_the_same_run(folder):
+    killed = configured(folder, f"output={folder}/killed", "log.every=3", "checkpoint.every=4")
+    save_config(killed, folder / "killed.yaml")
+    code = (
+        "import sys, time, torch\n"
+        "torch.set_num_threads(1)\n"
+        "from training.callbacks import LogCallback\n"
+        "from training.config import load_config\n"
+        "from training.trainer import train\n"
+        # slow steps leave time for the kill to hit the middle of the run
+        "step_end = LogCallback.on_step_end\n"
+        "def slow(self, args, state, control, **more):\n"
+        "    print(state.global_step, flush=True)\n"
+        "    time.sleep(0.5 if state.global_step > 5 else 0)\n"
+        "LogCallback.on_step_end = slow\n"
+        "train(load_config(sys.argv[1]))\n"
+    )
+    command = [sys.executable, "-c", code, str(folder / "killed.yaml")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.strip() == "7":
+            break
+    process.send_signal(signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL, errors
+    assert [p.name for p in checkpoints.checkpoints(folder / "killed")] == ["checkpoint-4"]
+    # what a kill during a save, and during a write to the log, leaves behind
+    shutil.copytree(folder / "killed" / "checkpoint-4", folder / "killed" / ".saving" / "checkpoint-8")
+    with open(folder / "killed" / "log.jsonl", "a") as log:
+        log.write('{"step": 6, "loss": 1.5}\n{"step": 7, "lo')
+    train(killed)
+    reference = configured(folder, "log.every=3", "checkpoint.every=100")
+    train(reference)
+    assert [entry["step"] for entry in history(folder / "run")] == [3, 6, 9, 12]
+    assert_same_run(folder / "killed", folder / "run")
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(folder, monkeypatch):
+    save = HybridTrainer._save_checkpoint
+
+    def save_on_a_full_disk(self, model, trial):
+        if self.state.global_step < 8:
+            return save(self, model, trial)
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+        try:
+            return save(self, model, trial)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    config = configured(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(HybridTrainer, "_save_checkpoint", save_on_a_full_disk)
+        with pytest.raises(
+            CheckpointError, match=r"checkpoint-8 could not be saved.*checkpoint-4 is whole and stays"
+        ):
+            train(config)
+    run = folder / "run"
+    assert [p.name for p in checkpoints.checkpoints(run)] == ["checkpoint-4"]
+    assert checkpoints.defect(run / "checkpoint-4") is None
+    assert not (run / checkpoints.SAVING).exists()
+    train(config)
+    assert len(history(run)) == 12
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(folder):
+    def build(config, tokenizer):
+        model = setup.build_model(config, tokenizer)
+        calls = []
+
+        def spoil(module, inputs):
+            calls.append(1)
+            if len(calls) == 2 * 6 + 2:
+                module.weight.data[:] = float("nan")
+
+        model.lm_head.register_forward_pre_hook(spoil)
+        return model
+
+    with pytest.raises(NonFiniteLoss, match=r"not finite at step 7: .*checkpoint-4 is kept; lower optimizer\.lr"):
+        train(configured(folder), build)
+    run = folder / "run"
+    assert [p.name for p in checkpoints.checkpoints(run)] == ["checkpoint-4"]
+    assert all(torch.isfinite(x).all() for x in load_file(run / "checkpoint-4" / "model.safetensors").values())
+
+
+def test_folder_of_another_run(folder):
+    config = configured(folder, "steps=4")
+    run = train(config)
+    with pytest.raises(ValueError, match=r"another configuration: optimizer\.lr \(there 0\.003, now 0\.001\)"):
+        train(configured(folder, "steps=4", "optimizer.lr=1e-3"))
+    with pytest.raises(ValueError, match=r"holds a run already and resume='never'"):
+        train(replace(config, resume="never"))
+    with pytest.raises(ValueError, match=r"resume='.*' can't be continued: it is no folder"):
+        train(configured(folder, "steps=4", f"output={folder}/new", f"resume={folder}/none"))
+    weights = run / "checkpoint-4" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1])
+    with (
+        pytest.warns(UserWarning, match=r"checkpoint-4 is passed over: model\.safetensors has \d+ bytes instead of"),
+        pytest.raises(ValueError, match=r"no checkpoint in it is whole"),
+    ):
+        train(config)
+    weights.write_bytes(whole)
+    # a checkpoint of another model, named by hand
+    change = ["steps=4", f"output={folder}/new", f"resume={run}/checkpoint-4", "model.overrides.hidden_size=48"]
+    with pytest.raises(ValueError, match=r"can't be continued: its weight .* has shape .*, the model's"):
+        train(configured(folder, *change))
+    (run / "config.yaml").unlink()
+    with pytest.raises(ValueError, match=r"holds a model but no config\.yaml"):
+        train(config)
+
+
+def test_newest_whole_checkpoint_is_taken(tmp_path):
+    for step in (5, 20, 100):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "a").write_text("x" * step)
+        checkpoints.seal(folder)
+    assert checkpoints.newest(tmp_path).name == "checkpoint-100"
+    (tmp_path / "checkpoint-100" / "a").unlink()
+    with pytest.warns(UserWarning, match="a is missing"):
+        assert checkpoints.newest(tmp_path).name == "checkpoint-20"
+    (tmp_path / "checkpoint-20" / checkpoints.SEAL).unlink()
+    with pytest.warns(UserWarning, match="a is missing|not written by this program, or not to its end"):
+        assert checkpoints.newest(tmp_path).name == "checkpoint-5"
+    checkpoints.rotate(tmp_path, 1)
+    assert [p.name for p in checkpoints.checkpoints(tmp_path)] == ["checkpoint-100"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["model.config=none.json"], r"model\.config='none\.json' is no file"),
+        (["model.overrides.windw=9"], r"model\.overrides has an unknown field 'windw'"),
+        (["model.overrides.window=6"], r"window=6 must be larger than the scorer's lookahead 6"),
+        (["model.overrides.vocab_size=200"], r"has 300 entries but the model's vocab_size is 200"),
+        (["data.sources.0.path=none.txt"], r"data\.sources\[0\]\.path='none\.txt' names no file"),
+        (["tokenizer.path=none"], r"tokenizer\.path='none' is no folder"),
+        (["tokenizer.train_vocab_size=300"], r"path, train_vocab_size is set: set exactly one"),
+        (["needles.digits=0"], r"needles\.digits=0 is below 1"),
+        (["data.workers=2"], r"data\.workers=2 with a streamed source"),
+        (["curriculum=[{until_step: 4, sequence_length: 12}]"], r"sequence_length=12 tokens can't hold a needle"),
+        (["fsdp=true"], r"fsdp=True shards over CUDA devices: start with torchrun"),
+        (["model.weights=none"], r"model\.weights='none' holds no model"),
+    ],
+)
+def test_bad_input_is_found_before_training(folder, changes, message):
+    with pytest.raises(ValueError, match=message):
+        train(configured(folder, *changes))
+    assert not list((folder / "run").glob("checkpoint-*"))
+
+
+def test_trained_tokenizer_and_start_from_weights(folder):
+    config = configured(
+        folder,
+        "tokenizer={path: null, train_vocab_size: 280}",
+        "steps=2",
+        f"output={folder}/first",
+        "checkpoint.every=2",
+    )
+    first = train(config)
+    assert len(AutoTokenizer.from_pretrained(first)) == 280
+    second = train(
+        configured(
+            folder,
+            f"tokenizer.path={first}",
+            f"model.weights={first}",
+            "steps=1",
+            "optimizer.warmup_steps=0",
+            "optimizer.lr=1e-12",
+        )
+    )
+    one, two = load_file(first / "model.safetensors"), load_file(second / "model.safetensors")
+    name = "model.embed_tokens.weight"
+    torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-9)
+
+
+def test_workers_prepare_the_same_batches(folder):
+    text = (folder / "run.yaml").read_text().replace(", streaming: true", "")
+    (folder / "run.yaml").write_text(text)
+    train(configured(folder, "steps=6"))
+    train(configured(folder, "steps=6", "data.workers=2", f"output={folder}/workers"))
+    assert_same_run(folder / "run", folder / "workers")
+
+
+def test_accumulated_gradients_equal_one_batch(folder):
+    """The loss is divided by the predicted tokens of the whole step, so micro-batches are weighted rightly."""
+    same = ["steps=1", "needles.loss_on=answer", "data.sources.1.streaming=false", "model.overrides.scorer_dropout=0"]
+    same += ["curriculum=[]"]
+    train(configured(folder, *same, "batch={sequences: 4, accumulation: 1}"))
+    train(configured(folder, *same, "batch={sequences: 1, accumulation: 4}", f"output={folder}/parts"))
+    one, parts = history(folder / "run")[0], history(folder / "parts")[0]
+    for key in ("loss", "lm_loss", "grad_norm"):
+        assert parts[key] == pytest.approx(one[key], rel=1e-5)
+
+
+def test_schedule():
+    factors = [cosine(step, 20, 4, 0.1) for step in range(20)]
+    assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert factors[-1] == pytest.approx(0.1)
+    assert factors[4:] == sorted(factors[4:], reverse=True)

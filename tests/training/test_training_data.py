@@ -1,0 +1,213 @@
+"""Packing, order, sharding over ranks, resuming of streams, and the curriculum's plan."""
+
+import numpy as np
+import pytest
+import torch
+
+from training import data as data_module
+from training.data import DataConfig, StageConfig, StepBatches, TrainingRows, plan_stages
+from training.rows import IGNORED, collate
+from training.sources import SourceConfig
+from training.store import TokenStore, open_store
+from training.tokenizer import check_vocabulary
+from training.wording import NeedleConfig
+
+SEPARATOR = "\n<end>\n"
+
+
+def make_rows(tokenizer, text_file, *, rank=0, world=1, steps=4, seed=5, needles=None, curriculum=(), **fields):
+    streaming = fields.pop("streaming", False)
+    config = DataConfig(
+        sources=[SourceConfig(path=str(text_file), separator=SEPARATOR, streaming=streaming)],
+        cache_dir=str(text_file.parent / "cache"),
+        **{"sequence_length": 37, **fields},
+    )
+    stages = plan_stages(config, needles or NeedleConfig(), list(curriculum), steps=steps, sequences=3)
+    return TrainingRows(config, stages, tokenizer, seed=seed, rank=rank, world=world, progress=False)
+
+
+def all_keys(rows, **fields):
+    return [key for batch in StepBatches(rows.stages, accumulation=1, **fields) for key in batch]
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_an_epoch_holds_every_token_once(tokenizer, text_file, texts, split):
+    rows = make_rows(tokenizer, text_file, split_documents=split)
+    packed = rows.packed[0, 0]
+    epoch = [packed.row(i) for i in range(packed.count)]
+    tokens = np.concatenate([row.tokens[row.labels != IGNORED] for row in epoch])
+    expected = np.concatenate([tokenizer(t)["input_ids"] + [tokenizer.eos_token_id] for t in texts])
+    lost = len(expected) - len(tokens)
+    assert 0 <= lost < 37
+    assert lost == 0 or split
+    counts, wanted = np.bincount(tokens, minlength=300), np.bincount(expected, minlength=300)
+    assert (counts <= wanted).all()
+    assert all(len(row.tokens) == 37 and row.ends[-1] == 37 and (np.diff(row.ends) > 0).all() for row in epoch)
+
+
+def test_documents_keep_their_boundaries(tokenizer, text_file, texts):
+    rows = make_rows(tokenizer, text_file, sequence_length=211)
+    whole = {tuple(tokenizer(t)["input_ids"] + [tokenizer.eos_token_id]) for t in texts}
+    inner = 0
+    for i in range(rows.packed[0, 0].count):
+        row = rows.packed[0, 0].row(i)
+        for a, b in zip(row.ends[:-2], row.ends[1:-1], strict=True):
+            assert tuple(row.tokens[a:b]) in whole
+            inner += 1
+    assert inner > 10
+
+
+def test_unsplit_documents_are_whole_where_they_fit(tokenizer, text_file, texts):
+    rows = make_rows(tokenizer, text_file, sequence_length=61, split_documents=False)
+    whole = sorted(tuple(tokenizer(t)["input_ids"] + [tokenizer.eos_token_id]) for t in texts)
+    found = []
+    for i in range(rows.packed[0, 0].count):
+        row = rows.packed[0, 0].row(i)
+        starts = [0, *row.ends[:-1]]
+        found += [tuple(row.tokens[a:b]) for a, b in zip(starts, row.ends, strict=True) if row.labels[a] != IGNORED]
+    fitting = [one for one in whole if len(one) <= 61]
+    assert len(fitting) > 20
+    assert [one for one in sorted(found) if one in set(fitting)] == fitting
+
+
+def test_epochs_differ_and_repeat_by_seed(tokenizer, text_file):
+    rows, again = (make_rows(tokenizer, text_file) for _ in range(2))
+    other = make_rows(tokenizer, text_file, seed=6)
+    count = rows.packed[0, 0].count
+    first = [rows.packed[0, 0].row(i).tokens.tobytes() for i in range(2 * count)]
+    assert first[:count] != first[count:]
+    backwards = [again.packed[0, 0].row(i).tokens.tobytes() for i in reversed(range(2 * count))]
+    assert backwards[::-1] == first
+    assert [other.packed[0, 0].row(i).tokens.tobytes() for i in range(count)] != first[:count]
+
+
+def test_ranks_share_no_row_and_together_give_the_single_rank_order(tokenizer, text_file):
+    rows = make_rows(tokenizer, text_file, steps=6)
+    ranks = [all_keys(rows, rank=r, world=3) for r in range(3)]
+    assert len({key for keys in ranks for key in keys}) == sum(map(len, ranks)) == 6 * 3 * 3
+    joined = [
+        key for step in zip(*(np.array_split(np.array(keys), 6) for keys in ranks), strict=True) for key in step
+    ]
+    assert np.concatenate(joined).tolist() == [[0, i] for i in range(54)]
+
+
+def test_streams_of_ranks_are_disjoint_and_complete(tokenizer, text_file, texts):
+    found = []
+    for rank in range(2):
+        stream = make_rows(tokenizer, text_file, rank=rank, world=2, streaming=True, shuffle_buffer=7).streams[0]
+        seen = set()
+        while stream.epoch == 0:
+            row = stream.row(50)
+            starts = [0, *row.ends[:-1]]
+            seen |= {tuple(row.tokens[a:b]) for a, b in zip(starts, row.ends, strict=True)}
+        found.append(seen)
+    whole = {tuple(tokenizer(t)["input_ids"] + [tokenizer.eos_token_id]) for t in texts}
+    mine = [{one for one in seen if one in whole} for seen in found]
+    assert not mine[0] & mine[1]
+    assert min(map(len, mine)) > 5
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_a_stream_goes_on_from_its_cursor(tokenizer, text_file, split):
+    fields = {"streaming": True, "shuffle_buffer": 11, "split_documents": split}
+    rows = make_rows(tokenizer, text_file, **fields)
+    keys = [(0, i) for i in range(300)]
+    whole = [rows[key] for key in keys]
+    assert rows.streams[0].epoch >= 1
+    for stop in (0, 1, 17, 164, 290):
+        resumed = make_rows(tokenizer, text_file, **fields)
+        if stop:
+            resumed.load_cursors(collate(whole[:stop])["cursors"])
+        for key, row in zip(keys[stop:], whole[stop:], strict=True):
+            np.testing.assert_array_equal(resumed[key].tokens, row.tokens)
+
+
+def test_shares_of_the_mix(tokenizer, text_file):
+    needles = NeedleConfig(
+        fraction=0.25, needle="{key}: {value}.", preamble="", question="{key}?", prefix="", digits=1
+    )
+    rows = make_rows(tokenizer, text_file, needles=needles, sequence_length=160)
+    kinds = [rows._deal(0, i)[0] for i in range(400)]
+    for start in range(0, 400, 40):
+        assert abs(kinds[start : start + 40].count(data_module.NEEDLES) - 10) <= 1
+    places = [rows._deal(0, i)[1] for i in range(400) if kinds[i] == 0]
+    assert places == list(range(len(places)))
+    assert rows._deal(0, 9000) == make_rows(tokenizer, text_file, needles=needles, sequence_length=160)._deal(0, 9000)
+
+
+def test_collate_gives_one_packed_sequence(tokenizer, text_file):
+    rows = make_rows(tokenizer, text_file)
+    picked = [rows[0, i] for i in range(3)]
+    batch = collate(picked)
+    assert batch["input_ids"].shape == batch["labels"].shape == (1, 111)
+    assert batch["cu_seqlens"].dtype == torch.int32
+    bounds = batch["cu_seqlens"].tolist()
+    assert bounds[0] == 0
+    assert bounds == sorted(set(bounds))
+    assert {37, 74, 111} <= set(bounds)
+    assert torch.equal(batch["input_ids"][0, 37:74], torch.from_numpy(picked[1].tokens))
+
+
+def test_curriculum(tokenizer):
+    data = DataConfig(sequence_length=96)
+    curriculum = [
+        StageConfig(until_step=10, sequence_length=32, needles={"digits": 1}),
+        StageConfig(until_step=15, sequence_length=64),
+    ]
+    stages = plan_stages(data, NeedleConfig(digits=5), curriculum, steps=40, sequences=4)
+    assert [(s.first, s.last, s.sequence_length, s.rows) for s in stages] == [
+        (0, 10, 32, 12),
+        (10, 15, 64, 6),
+        (15, 40, 96, 4),
+    ]
+    assert [s.needles.digits for s in stages] == [1, 5, 5]
+    keys = list(StepBatches(stages, accumulation=2))
+    assert len(keys) == 80
+    assert [len(batch) for batch in keys[18:22]] == [12, 12, 6, 6]
+    assert keys[20][0] == (1, 0)
+    shorter = plan_stages(data, NeedleConfig(), curriculum, steps=12, sequences=4)
+    assert [(s.first, s.last) for s in shorter] == [(0, 10), (10, 12)]
+    with pytest.raises(ValueError, match=r"curriculum\[1\]\.until_step=10 is not after step 10"):
+        plan_stages(data, NeedleConfig(), [curriculum[0]] * 2, steps=40, sequences=4)
+    with pytest.raises(ValueError, match=r"curriculum\[0\]\.needles\.digit is unknown"):
+        plan_stages(data, NeedleConfig(), [StageConfig(until_step=5, needles={"digit": 1})], steps=9, sequences=4)
+
+
+def test_store_is_built_once_and_survives_a_dead_writer(tokenizer, text_file, monkeypatch):
+    source = SourceConfig(path=str(text_file), separator=SEPARATOR)
+    cache = text_file.parent / "cache"
+    build = lambda: open_store(source, tokenizer, cache, name="s", add_bos=True, add_eos=True, progress=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenStore, "_open", lambda self: None)
+        patch.setattr("numpy.save", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            build()
+    assert list(cache.iterdir()) == []
+    store = build()
+    assert store.tokens[0] == tokenizer.bos_token_id
+    assert store.tokens[store.ends[0]] == tokenizer.bos_token_id
+    with monkeypatch.context() as patch:
+        patch.setattr("training.store._build", None)
+        assert build().total == store.total
+    text_file.write_text("changed")
+    assert build().total < store.total
+
+
+def test_empty_data_and_short_data(tokenizer, tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_text(f" \n{SEPARATOR} ")
+    with pytest.raises(ValueError, match=r"data\.sources\[0\] \(.*texts\.txt\) holds no text"):
+        make_rows(tokenizer, path)
+    with pytest.raises(ValueError, match=r"holds no text for rank 0"):
+        make_rows(tokenizer, path, streaming=True)[0, 0]
+    path.write_text("Too short.")
+    with pytest.raises(ValueError, match=r"holds \d+ tokens, less than one row of 37"):
+        make_rows(tokenizer, path)
+    with pytest.raises(ValueError, match=r"data\.sources is empty"):
+        data_module.check_data(DataConfig(), plan_stages(DataConfig(), NeedleConfig(), [], steps=1, sequences=1))
+
+
+def test_vocabulary_check(tokenizer):
+    check_vocabulary(tokenizer, len(tokenizer))
+    with pytest.raises(ValueError, match=rf"has {len(tokenizer)} entries but the model's vocab_size is 299"):
+        check_vocabulary(tokenizer, 299)

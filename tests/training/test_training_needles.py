@@ -1,0 +1,155 @@
+"""Needle documents: what they hold, what is labelled, that they tokenise like whole text, and that they repeat."""
+
+import re
+
+import numpy as np
+import pytest
+
+from training.needles import NeedleMaker
+from training.rows import IGNORED
+from training.sources import SourceConfig
+from training.store import open_store
+from training.tokenizer import train_tokenizer
+from training.wording import NeedleConfig, check_needles, wordings
+
+
+@pytest.fixture(scope="module")
+def needle_tokenizer(texts):
+    wording = wordings(NeedleConfig(), 0, 200)
+    return train_tokenizer([*texts, *wording], 600)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory, needle_tokenizer, texts):
+    folder = tmp_path_factory.mktemp("store")
+    (folder / "texts.txt").write_text("\n<end>\n".join(texts))
+    source = SourceConfig(path=str(folder / "texts.txt"), separator="\n<end>\n")
+    return open_store(source, needle_tokenizer, folder, name="s", add_bos=False, add_eos=True, progress=False)
+
+
+def maker(tokenizer, store=None, row_length=311, **fields):
+    stores, weights = ([store], [1.0]) if store is not None else (None, None)
+    config = NeedleConfig(fraction=1, **fields)
+    return NeedleMaker(config, tokenizer, row_length=row_length, seed=3, stores=stores, weights=weights)
+
+
+def documents(row):
+    starts = [0, *row.ends[:-1]]
+    return [(row.tokens[a:b], row.labels[a:b]) for a, b in zip(starts, row.ends, strict=True)]
+
+
+@pytest.mark.parametrize("haystack", ["noise", "text", "needles"])
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"keys": [2, 5], "questions": [1, 3], "digits": 3}, {"value_type": "uuid"}, {"keys": [4, 4], "queries": 2}],
+)
+def test_whole_text_gives_the_same_ids(needle_tokenizer, store, haystack, fields):
+    made = maker(needle_tokenizer, store, haystacks=[haystack], **fields)
+    for index in range(5):
+        row = made.row(index)
+        assert len(row.tokens) == 311
+        tokens, _ = documents(row)[0]
+        assert tokens[-1] == needle_tokenizer.eos_token_id
+        text = needle_tokenizer.decode(tokens[:-1])
+        assert needle_tokenizer(text, add_special_tokens=False)["input_ids"] == tokens[:-1].tolist()
+
+
+@pytest.mark.parametrize("haystack", ["noise", "text", "needles"])
+def test_answers_stand_in_the_haystack_and_are_all_that_is_labelled(needle_tokenizer, store, haystack):
+    made = maker(
+        needle_tokenizer, store, haystacks=[haystack], row_length=553, keys=[2, 4], questions=[2, 2], loss_on="answer"
+    )
+    seen = set()
+    for index in range(20):
+        tokens, labels = documents(made.row(index))[0]
+        text = needle_tokenizer.decode(tokens)
+        facts = dict(re.findall(r"One of the special magic numbers for (.+?) is: (\d{7})\.", text))
+        asked = re.findall(r"What is the special magic number for (.+?) mentioned in the provided text\?", text)
+        assert len(asked) == 2
+        assert all(key in facts for key in asked)
+        if haystack != "needles":
+            assert 2 <= len(facts) <= 4
+        answer = needle_tokenizer.decode(labels[labels != IGNORED])
+        assert answer == "".join(f" {facts[key]}." for key in asked) + needle_tokenizer.eos_token
+        np.testing.assert_array_equal(labels[labels != IGNORED], tokens[labels != IGNORED])
+        seen.update(facts)
+    assert len(seen) > 30
+
+
+def test_needles_lie_everywhere(needle_tokenizer):
+    made = maker(needle_tokenizer, row_length=700)
+    depths = []
+    for index in range(60):
+        tokens, _ = documents(made.row(index))[0]
+        lines = needle_tokenizer.decode(tokens).split("\n")[1:-1]
+        depths.append(next(i for i, line in enumerate(lines) if "special magic" in line) / (len(lines) - 1))
+    assert min(depths) < 0.1
+    assert max(depths) > 0.9
+    assert 0.35 < np.mean(depths) < 0.65
+
+
+def test_rows_depend_on_seed_stage_and_index_only(needle_tokenizer, store):
+    first = maker(needle_tokenizer, store, haystacks=["noise", "text"])
+    again = maker(needle_tokenizer, store, haystacks=["noise", "text"])
+    rows = [first.row(i) for i in range(6)]
+    for index in reversed(range(6)):
+        np.testing.assert_array_equal(again.row(index).tokens, rows[index].tokens)
+    assert len({row.tokens.tobytes() for row in rows}) == 6
+
+
+def test_lengths_fill_a_row(needle_tokenizer):
+    made = maker(needle_tokenizer, row_length=1024, length=[150, 260], digits=2)
+    for index in range(10):
+        lengths = [len(tokens) for tokens, labels in documents(made.row(index)) if (labels != IGNORED).any()]
+        assert len(lengths) >= 3
+        assert all(size <= 260 for size in lengths[:-1])
+        assert 1024 - sum(lengths) < 80
+    row = made.row(0)
+    padding = row.tokens[row.ends[-2] :]
+    if (row.labels[row.ends[-2] :] == IGNORED).all():
+        assert (padding == needle_tokenizer.eos_token_id).all()
+
+
+def test_own_wording(needle_tokenizer):
+    made = maker(
+        needle_tokenizer,
+        row_length=64,
+        preamble="Facts:",
+        needle="{key} has {value}.",
+        question="{key}?",
+        prefix="It is",
+        value_type="word",
+        noise="So it goes.",
+    )
+    text = needle_tokenizer.decode(documents(made.row(0))[0][0])
+    key, value = re.search(r"\n(\S+) has (.+)\.\n", text).groups()
+    assert text.startswith("Facts:\n")
+    assert text.endswith(f"\n{key}? It is {value}.{needle_tokenizer.eos_token}")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"fraction": 1.5}, r"needles\.fraction=1\.5 is outside"),
+        ({"haystacks": ["hay"]}, r"needles\.haystacks holds 'hay'"),
+        ({"haystacks": []}, r"needles\.haystacks is empty"),
+        ({"keys": [3, 2]}, r"needles\.keys=\[3, 2\] is no range"),
+        ({"digits": 0}, r"needles\.digits=0 is below 1"),
+        ({"queries": 2}, r"queries=2"),
+        ({"loss_on": "some"}, r"needles\.loss_on='some' is unknown: use one of all, answer"),
+        ({"needle": "{key} is {valu}"}, r"needles\.needle=.* is no template"),
+        ({"question": "What?"}, r"needles\.question='What\?' lacks \{key\}"),
+    ],
+)
+def test_bad_settings_are_named(fields, message):
+    with pytest.raises(ValueError, match=message):
+        check_needles(NeedleConfig(**fields))
+
+
+def test_too_short_rows_are_an_error_before_training(needle_tokenizer):
+    with pytest.raises(ValueError, match=r"sequence_length=40 tokens can't hold a needle document, which takes \d+"):
+        maker(needle_tokenizer, row_length=40)
+    with pytest.raises(ValueError, match=r"needles\.length=50 tokens can't hold"):
+        maker(needle_tokenizer, row_length=400, length=[50, 300])
+    with pytest.raises(ValueError, match=r"haystacks holds 'text' but no text source"):
+        maker(needle_tokenizer, haystacks=["text"])

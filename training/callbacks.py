@@ -1,0 +1,95 @@
+"""What happens around an optimizer step: the control of the retention penalty, the log file, the progress bar."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class RetentionCallback(TrainerCallback):
+    """Lets a model steer its own retention penalty after each optimizer step."""
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        model.update_retention_penalty()
+
+
+class LogCallback(TrainerCallback):
+    """Appends each log entry to `log.jsonl` as one JSON object, and shows a progress bar.
+
+    After a resume, entries of steps that are about to be done again are dropped.
+    """
+
+    def __init__(self, file: Path, progress: bool) -> None:
+        self.file, self.progress = file, progress
+        self.bar: tqdm | None = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        # a resumed state carries the intervals of the run before; the present settings count
+        state.compute_steps(args, state.max_steps)
+        if not state.is_world_process_zero:
+            return
+        drop_after(self.file, state.global_step)
+        if self.progress:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        if not state.is_world_process_zero or "loss" not in logs:
+            return
+        with open(self.file, "a", encoding="utf-8") as out:
+            out.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+        if self.bar is not None:
+            self.bar.set_postfix_str(summary(logs))
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the progress bar off the terminal's last line."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+def summary(logs: dict[str, float]) -> str:
+    """One line for the progress bar: loss, kept tokens per head, mean λ, tokens per second."""
+    parts = [f"loss {logs['loss']:.3f}"]
+    if "kept_per_head" in logs:
+        parts.append(f"kept/head {logs['kept_per_head']:.1f}")
+    if "lambda_mean" in logs:
+        parts.append(f"λ {logs['lambda_mean']:.1e}")
+    if "tokens_per_s" in logs:
+        parts.append(f"{logs['tokens_per_s'] / 1000:.1f} k tok/s")
+    return "  ".join(parts)
+
+
+def drop_after(file: Path, step: int) -> None:
+    """Remove the entries of a log that lie after `step`, and a last line that was cut off."""
+    if not file.is_file():
+        return
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if entry.get("step", 0) <= step:
+            kept.append(line + "\n")
+    work = file.with_name(file.name + ".partial")
+    work.write_text("".join(kept), encoding="utf-8")
+    os.replace(work, file)

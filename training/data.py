@@ -1,0 +1,350 @@
+"""The training data of a run: a plan of stages, and rows that are a function of (seed, stage, index).
+
+Rows come from text sources (packed from the token cache, or streamed) and from needle documents. Nothing about the
+order is kept in memory that a resumed run or another rank would lack; only streamed sources carry a cursor.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset, Sampler
+from transformers import PreTrainedTokenizerBase
+
+from training.needles import NeedleMaker
+from training.rows import Row, join_pieces
+from training.sources import SourceConfig, check_source
+from training.store import TokenStore, open_store
+from training.streams import TokenStream
+from training.tokenizer import check_vocabulary
+from training.wording import NeedleConfig, merge_needles, variants
+
+GOLDEN = (5**0.5 - 1) / 2
+NEEDLES = -1
+
+
+@dataclass
+class DataConfig:
+    """Where text comes from and how it becomes rows.
+
+    sequence_length: tokens of a row, the longest that a document can be in training.
+    split_documents: a document may go on in another row; off: rows are filled up instead, and only documents longer
+        than a row are cut.
+    add_bos, add_eos: put the tokenizer's begin or end token around each document.
+    shuffle: order documents and rows by the seed. shuffle_buffer: the same for streamed documents, within blocks.
+    cache_dir: folder of the tokenised sources. workers: processes that prepare batches (streams use at most one).
+    """
+
+    sources: list[SourceConfig] = field(default_factory=list)
+    sequence_length: int = 1024
+    split_documents: bool = True
+    add_bos: bool = False
+    add_eos: bool = True
+    shuffle: bool = True
+    shuffle_buffer: int = 1000
+    cache_dir: str = "~/.cache/lalte"
+    workers: int = 0
+
+
+@dataclass
+class StageConfig:
+    """One stage of the curriculum, for the optimizer steps before `until_step`. Unset fields keep the run's values.
+
+    needles: changes to the needle settings, for example {digits: 1, fraction: 0.9}.
+    """
+
+    until_step: int = 0
+    sequence_length: int | None = None
+    needles: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A resolved stage: steps first … last - 1, with `rows` rows of `sequence_length` tokens per micro-batch."""
+
+    first: int
+    last: int
+    sequence_length: int
+    rows: int
+    needles: NeedleConfig
+
+
+def plan_stages(
+    data: DataConfig, needles: NeedleConfig, curriculum: list[StageConfig], *, steps: int, sequences: int
+) -> list[Stage]:
+    """Resolve the curriculum; steps after its last stage use the run's own settings.
+
+    The number of tokens per micro-batch, sequences · data.sequence_length, stays about the same in every stage.
+    Raises: ValueError naming the stage's field.
+    """
+    stages, first = [], 0
+    closing = StageConfig(until_step=steps)
+    for number, stage in enumerate([*curriculum, closing]):
+        name = f"curriculum[{number}]"
+        if stage is not closing and stage.until_step <= first and number < len(curriculum):
+            raise ValueError(
+                f"{name}.until_step={stage.until_step} is not after step {first}, where the stage begins: "
+                "stages are listed in order"
+            )
+        last = min(stage.until_step, steps)
+        if first >= last:
+            break
+        length = data.sequence_length if stage.sequence_length is None else stage.sequence_length
+        if length < 2:
+            raise ValueError(f"{name}.sequence_length={length} is below 2: a row needs a token to predict")
+        settings = merge_needles(needles, stage.needles, f"{name}.needles")
+        rows = max(1, sequences * data.sequence_length // length)
+        stages.append(Stage(first, last, length, rows, settings))
+        first = last
+    return stages
+
+
+class PackedRows:
+    """Random access to the rows of one store at one row length: endless epochs, each in its own order."""
+
+    def __init__(
+        self, store: TokenStore, length: int, *, seed: list[int], shuffle: bool, split: bool, pad: int, name: str
+    ) -> None:
+        self.store, self.length, self.seed = store, length, seed
+        self.shuffle, self.split, self.pad = shuffle, split, pad
+        self.epoch = -1
+        self.starts = np.concatenate([[0], store.ends[:-1]])
+        self.lengths = store.ends - self.starts
+        if split:
+            self.count = store.total // length
+        else:
+            self.bounds = _fill_rows(self.lengths, length)
+            self.count = len(self.bounds)
+        if self.count == 0:
+            raise ValueError(
+                f"{name} holds {store.total} tokens, less than one row of {length}: lower the sequence_length, "
+                "set data.split_documents=false, or add text"
+            )
+
+    def row(self, index: int) -> Row:
+        """Row `index` of the endless sequence."""
+        epoch, place = divmod(index, self.count)
+        if epoch != self.epoch:
+            self._start(epoch)
+        place = int(self.rows[place])
+        pieces = self._stream(place * self.length + self.offset) if self.split else self._whole(place)
+        return join_pieces([(p, p) for p in pieces], self.length, self.pad)
+
+    def _start(self, epoch: int) -> None:
+        rng = np.random.default_rng([*self.seed, epoch])
+        documents = len(self.lengths)
+        self.rows = rng.permutation(self.count) if self.shuffle else np.arange(self.count)
+        self.offset = 0
+        if self.split:
+            self.order = rng.permutation(documents) if self.shuffle else np.arange(documents)
+            self.cuts = np.concatenate([[0], np.cumsum(self.lengths[self.order])])
+            # rows begin elsewhere in each epoch, so that a document is not always cut at the same places
+            slack = self.store.total - self.count * self.length
+            self.offset = int(rng.integers(slack + 1)) if self.shuffle else 0
+        self.epoch = epoch
+
+    def _stream(self, start: int) -> list[np.ndarray]:
+        pieces, left = [], self.length
+        which = int(np.searchsorted(self.cuts, start, side="right")) - 1
+        while left:
+            document, skip = self.order[which], start - self.cuts[which]
+            take = int(min(left, self.lengths[document] - skip))
+            begin = int(self.starts[document] + skip)
+            if take:
+                pieces.append(self.store.tokens[begin : begin + take].astype(np.int64))
+            left, start, which = left - take, start + take, which + 1
+        return pieces
+
+    def _whole(self, place: int) -> list[np.ndarray]:
+        return [self.store.tokens[a:b].astype(np.int64) for a, b in self.bounds[place]]
+
+
+def _fill_rows(lengths: np.ndarray, length: int) -> list[list[tuple[int, int]]]:
+    """Token ranges of each row when documents stay whole: in order, a new row where the next one doesn't fit."""
+    rows: list[list[tuple[int, int]]] = []
+    left, start = 0, 0
+    for size in lengths.tolist():
+        for low in range(start, start + size, length):
+            high = min(low + length, start + size)
+            if high - low > left:
+                rows.append([])
+                left = length
+            rows[-1].append((low, high))
+            left -= high - low
+        start += size
+    return rows
+
+
+class TrainingRows(Dataset):
+    """All rows of a run. A key is (stage, index); the rows of a stage are dealt to sources by their weights.
+
+    Raises: ValueError for bad settings, missing or empty data, and rows too short for their needles.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        stages: list[Stage],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        progress: bool = True,
+        vocab_size: int | None = None,
+    ) -> None:
+        self.config, self.stages, self.seed, self.tokenizer = config, stages, seed, tokenizer
+        self.names = [f"data.sources[{i}]" for i in range(len(config.sources))]
+        check_data(config, stages)
+        if vocab_size is not None:
+            check_vocabulary(tokenizer, vocab_size)
+        # text for haystacks; filled below, once the settings of the needles are known to be right
+        self.texts: list[TokenStore] = []
+        self.makers = [self._makers(s) for s in range(len(stages))]
+        self.stores: dict[int, TokenStore] = {}
+        self.streams: dict[int, TokenStream] = {}
+        for i, source in enumerate(config.sources):
+            if source.streaming:
+                self.streams[i] = self._stream(i, source, rank, world)
+            else:
+                self.stores[i] = self._store(i, source, progress)
+                self.texts.append(self.stores[i])
+        self.cursors: dict[str, Any] = {}
+        self.packed: dict[tuple[int, int], PackedRows] = {}
+        for s in range(len(stages)):
+            if stages[s].needles.fraction < 1:
+                self.packed |= {(s, i): self._packed(s, i) for i in self.stores}
+        self.dealt: tuple[int, np.ndarray, np.ndarray] | None = None
+
+    def _store(self, i: int, source: SourceConfig, progress: bool) -> TokenStore:
+        c = self.config
+        return open_store(
+            source,
+            self.tokenizer,
+            Path(c.cache_dir),
+            name=self.names[i],
+            add_bos=c.add_bos,
+            add_eos=c.add_eos,
+            progress=progress,
+        )
+
+    def _stream(self, i: int, source: SourceConfig, rank: int, world: int) -> TokenStream:
+        c = self.config
+        return TokenStream(
+            source,
+            self.tokenizer,
+            name=self.names[i],
+            seed=[self.seed, 2, i],
+            rank=rank,
+            world=world,
+            buffer=c.shuffle_buffer if c.shuffle else 1,
+            add_bos=c.add_bos,
+            add_eos=c.add_eos,
+            split=c.split_documents,
+        )
+
+    def _packed(self, stage: int, i: int) -> PackedRows:
+        c = self.config
+        return PackedRows(
+            self.stores[i],
+            self.stages[stage].sequence_length,
+            seed=[self.seed, 0, stage, i],
+            shuffle=c.shuffle,
+            split=c.split_documents,
+            pad=self.tokenizer.eos_token_id,
+            name=self.names[i],
+        )
+
+    def _makers(self, stage: int) -> list[NeedleMaker]:
+        settings = self.stages[stage].needles
+        if settings.fraction == 0:
+            return []
+        kinds = variants(settings, "needles")
+        return [
+            NeedleMaker(
+                kind,
+                self.tokenizer,
+                row_length=self.stages[stage].sequence_length,
+                seed=self.seed,
+                stage=stage,
+                stores=self.texts,
+                weights=[source.weight for source in self.config.sources if not source.streaming],
+                add_bos=self.config.add_bos,
+                name=f"needles.variants[{i}]" if len(kinds) > 1 else "needles",
+            )
+            for i, kind in enumerate(kinds)
+        ]
+
+    def __getitem__(self, key: tuple[int, int]) -> Row:
+        stage, index = key
+        kind, place = self._deal(stage, index)
+        if kind == NEEDLES:
+            makers = self.makers[stage]
+            return makers[place % len(makers)].row(place)
+        if kind in self.packed_sources(stage):
+            return self.packed[stage, kind].row(place)
+        row = self.streams[kind].row(self.stages[stage].sequence_length)
+        self.cursors[str(kind)] = self.streams[kind].cursor()
+        row.cursors = dict(self.cursors)
+        return row
+
+    def packed_sources(self, stage: int) -> list[int]:
+        """Numbers of the sources that this stage reads from the cache."""
+        return [i for s, i in self.packed if s == stage]
+
+    def load_cursors(self, cursors: dict[str, Any]) -> None:
+        """Go on with the streamed sources where a checkpoint left them."""
+        for i, cursor in cursors.items():
+            self.streams[int(i)].seek(cursor)
+        self.cursors = dict(cursors)
+
+    def _deal(self, stage: int, index: int) -> tuple[int, int]:
+        """What row `index` of a stage is made of, and how many rows of that kind came before it."""
+        weights = np.asarray([s.weight for s in self.config.sources], float)
+        share = self.stages[stage].needles.fraction
+        parts = np.concatenate([[share], (1 - share) * weights / weights.sum() if len(weights) else []])
+        if self.dealt is None or self.dealt[0] != stage or len(self.dealt[1]) <= index:
+            # multiples of the golden ratio are spread evenly, so that every batch has close to the wanted shares
+            count = max(4096, 2 * index + 2)
+            shift = np.random.default_rng([self.seed, 1, stage]).random()
+            points = (shift + GOLDEN * np.arange(count)) % 1.0
+            kinds = np.minimum(np.searchsorted(np.cumsum(parts), points, side="right"), len(parts) - 1)
+            places = np.empty(count, np.int64)
+            for kind in range(len(parts)):
+                chosen = kinds == kind
+                places[chosen] = np.arange(int(chosen.sum()))
+            self.dealt = (stage, kinds, places)
+        return int(self.dealt[1][index]) - 1, int(self.dealt[2][index])
+
+
+def check_data(config: DataConfig, stages: list[Stage]) -> None:
+    """Raises: ValueError for settings of the data that can't work, before anything is read at length."""
+    if not config.sources and any(stage.needles.fraction < 1 for stage in stages):
+        raise ValueError("data.sources is empty: name text, or set needles.fraction=1 to train on needles alone")
+    for i, source in enumerate(config.sources):
+        check_source(source, f"data.sources[{i}]")
+    if config.workers < 0 or config.shuffle_buffer < 1:
+        raise ValueError(
+            f"data.workers={config.workers}, data.shuffle_buffer={config.shuffle_buffer}: workers is 0 or more, "
+            "shuffle_buffer 1 or more"
+        )
+    if config.workers > 1 and any(source.streaming for source in config.sources):
+        raise ValueError(f"data.workers={config.workers} with a streamed source: a stream is read by one, set 0 or 1")
+
+
+class StepBatches(Sampler[list[tuple[int, int]]]):
+    """The row keys of every micro-batch of one rank, in order; no two ranks share a row."""
+
+    def __init__(self, stages: list[Stage], *, accumulation: int, rank: int = 0, world: int = 1) -> None:
+        self.stages, self.accumulation, self.rank, self.world = stages, accumulation, rank, world
+
+    def __len__(self) -> int:
+        return sum(stage.last - stage.first for stage in self.stages) * self.accumulation
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for number, stage in enumerate(self.stages):
+            for micro in range((stage.last - stage.first) * self.accumulation):
+                start = (micro * self.world + self.rank) * stage.rows
+                yield [(number, index) for index in range(start, start + stage.rows)]

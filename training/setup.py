@@ -1,0 +1,186 @@
+"""The parts that a run is put together from: model, tokenizer, arguments, and the state of its folder."""
+
+import json
+import os
+from collections.abc import Iterator
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+
+from training import checkpoints
+from training.config import TrainConfig, difference
+from training.sources import iter_documents
+from training.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
+from training.wording import variants, wordings
+
+
+def check_device(config: TrainConfig) -> None:
+    """Raises: ValueError if the device asked for isn't there, or there are no ranks to shard over."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device='cuda' but no CUDA device is visible: use device=auto or device=cpu")
+    if config.fsdp and (config.device == "cpu" or not torch.cuda.is_available() or "RANK" not in os.environ):
+        raise ValueError("fsdp=True shards over CUDA devices: start with torchrun on a machine that has some")
+
+
+def resume_point(config: TrainConfig, output: Path) -> Path | None:
+    """The checkpoint to continue from; None to start from scratch.
+
+    Raises: ValueError if the folder belongs to another configuration, or no whole checkpoint can be used.
+    """
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output={config.output!r} is a file: name a folder")
+    saved = output / "config.yaml"
+    own = saved.is_file() or bool(checkpoints.checkpoints(output)) or (output / "model.safetensors").is_file()
+    if config.resume == "never" and own:
+        raise ValueError(
+            f"output={config.output!r} holds a run already and resume='never': name another output folder"
+        )
+    if own and not saved.is_file():
+        raise ValueError(f"output={config.output!r} holds a model but no config.yaml: name another output folder")
+    if saved.is_file():
+        differs = difference(saved, config)
+        if differs is not None:
+            raise ValueError(
+                f"output={config.output!r} holds a run with another configuration: {differs}; set it back to "
+                "continue that run, or name another output folder"
+            )
+    if config.resume in ("auto", "never"):
+        return checkpoints.newest(output)
+    folder = Path(config.resume).expanduser()
+    wrong = checkpoints.defect(folder)
+    if wrong is not None:
+        raise ValueError(
+            f"resume={config.resume!r} can't be continued: {wrong}; use auto, never or a whole checkpoint"
+        )
+    checkpoints.step_of(folder)
+    return folder
+
+
+def is_finished(config: TrainConfig, output: Path, resume: Path) -> bool:
+    """Whether the run's last step is done and its final model is saved."""
+    return checkpoints.step_of(resume) >= config.steps and (output / "model.safetensors").is_file()
+
+
+def model_config(config: TrainConfig) -> Any:
+    """The model's configuration: the file, with the overrides and the length trained on.
+
+    Raises: ValueError for a missing or broken file, an unknown field, and whatever the model's configuration refuses.
+    """
+    from models import HybridConfig
+
+    path = Path(config.model.config).expanduser()
+    if not path.is_file():
+        raise ValueError(f"model.config={config.model.config!r} is no file: name a JSON file of configs/models")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"model.config={config.model.config!r} is no JSON: {error}") from None
+    known = set(HybridConfig().to_dict()) | {"architectures", "model_type", "dtype"}
+    changes = {"max_position_embeddings": config.data.sequence_length, **config.model.overrides}
+    for where, fields in (("model.config", values), ("model.overrides", changes)):
+        for key in fields:
+            if key not in known:
+                raise ValueError(f"{where} has an unknown field {key!r}: the model's fields are {sorted(known)}")
+    return HybridConfig(**{**values, **changes})
+
+
+def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A `HybridForCausalLM` with fresh weights, or those of `model.weights`; special ids are the tokenizer's."""
+    from models import HybridForCausalLM
+
+    settings = model_config(config)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(settings, name, getattr(tokenizer, name))
+    if config.model.weights is None:
+        return HybridForCausalLM(settings)
+    folder = Path(config.model.weights).expanduser()
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"model.weights={config.model.weights!r} holds no model: name a folder with config.json")
+    return HybridForCausalLM.from_pretrained(folder, config=settings, dtype=torch.float32)
+
+
+def make_tokenizer(config: TrainConfig, output: Path, save: bool) -> PreTrainedTokenizerBase:
+    """The run's tokenizer. A trained one is kept in the run's folder `tokenizer` and read from there later on.
+
+    Raises: ValueError if it can't be loaded or trained.
+    """
+    if config.tokenizer.train_vocab_size is None:
+        return load_tokenizer(config.tokenizer)
+    kept = output / "tokenizer"
+    if not (kept / "tokenizer_config.json").is_file():
+        trained = train_tokenizer(
+            _in_turn(config),
+            config.tokenizer.train_vocab_size,
+            config.tokenizer.split_digits,
+            config.tokenizer.train_characters,
+        )
+        if not save:
+            return trained
+        trained.save_pretrained(kept)
+    return load_tokenizer(TokenizerConfig(path=str(kept)))
+
+
+def _in_turn(config: TrainConfig) -> Iterator[str]:
+    if config.needles.fraction or any(stage.needles.get("fraction") for stage in config.curriculum):
+        kinds = variants(config.needles, "needles")
+        for i, kind in enumerate(kinds):
+            yield from wordings(kind, config.seed + i, config.tokenizer.train_needles // len(kinds))
+    texts = [iter_documents(source, f"data.sources[{i}]") for i, source in enumerate(config.data.sources)]
+    for group in zip_longest(*texts):
+        yield from (text for text in group if text is not None)
+
+
+def training_arguments(config: TrainConfig, output: Path, may_skip_parameters: bool) -> TrainingArguments:
+    """The Hugging Face arguments of a run.
+
+    may_skip_parameters: there are steps in which some parameters get no gradient.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    extra: dict[str, Any] = {}
+    if config.fsdp:
+        extra = {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}}
+    if config.gradient_checkpointing:
+        extra |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    args = TrainingArguments(
+        output_dir=str(output),
+        max_steps=config.steps,
+        # a batch is one packed sequence, whatever the number of its rows
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=config.batch.accumulation,
+        learning_rate=config.optimizer.lr,
+        max_grad_norm=config.optimizer.clip,
+        bf16=config.precision == "bf16",
+        logging_strategy="steps",
+        logging_steps=config.log.every,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=config.checkpoint.every,
+        seed=config.seed,
+        use_cpu=config.device == "cpu",
+        report_to=list(config.log.report_to) or "none",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        dataloader_num_workers=config.data.workers,
+        torch_compile=config.compile,
+        # the model keeps its buffers equal over ranks itself, by summing their counts
+        ddp_broadcast_buffers=False,
+        # while everything is kept the scorer takes no part in the loss
+        ddp_find_unused_parameters=may_skip_parameters,
+        **extra,
+    )
+    if args.n_gpu > 1:
+        # several visible devices without torchrun: one is used, since replicating modules would split packed rows
+        args._n_gpu = 1
+    return args
+
+
+def tensorboard(output: Path, resume: Path | None) -> TrainerCallback:
+    """A callback that writes event files; steps that a resumed run does again are overwritten."""
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations import TensorBoardCallback
+
+    purge = None if resume is None else checkpoints.step_of(resume) + 1
+    return TensorBoardCallback(SummaryWriter(str(output / "tensorboard"), purge_step=purge))
