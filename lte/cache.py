@@ -74,7 +74,7 @@ class RetainedCache:
         self.k = torch.zeros(batch, heads, self.slots, head_dim, dtype=dtype, device=device)
         self.v = torch.zeros_like(self.k)
         self.positions = torch.full((batch, heads, self.slots), -1, dtype=torch.int64, device=device)
-        self.logits = torch.full((batch, heads, self.slots), -torch.inf, device=device)
+        self.logits = torch.full((batch, heads, self.slots), -torch.inf, dtype=torch.float32, device=device)
         self.seen = torch.zeros(batch, dtype=torch.int64, device=device)
 
     @property
@@ -84,6 +84,11 @@ class RetainedCache:
     @property
     def nbytes(self) -> int:
         return sum(x.nbytes for x in self.tensors)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Growth with every token of a row: none."""
+        return 0
 
     def reset(self) -> None:
         """Forget everything, keep the memory."""
@@ -117,7 +122,7 @@ class RetainedCache:
         return self._chunk(k.transpose(1, 2), v.transpose(1, 2), logits, lengths)
 
     def _step(self, k_BH1D: Tensor, v_BH1D: Tensor, logits_B1H: Tensor | None) -> None:
-        """One token for every row: score, evict, insert."""
+        """One token for every row: evict, insert, score."""
         first_retained, first_ring = self.sinks, self.sinks + self.budget
         heads, dim = k_BH1D.shape[1], k_BH1D.shape[3]
 
@@ -125,12 +130,8 @@ class RetainedCache:
             return x_B[:, None, None].expand(-1, heads, 1)
 
         ring = first_ring + self.seen % self.window
-        if logits_B1H is not None and self.budget:
-            scored_B = self.seen - self.lookahead
-            slot = per_head(first_ring + scored_B.clamp(min=0) % self.window)
-            fresh = logits_B1H.transpose(1, 2).float()
-            fresh = torch.where(per_head(scored_B >= self.sinks), fresh, self.logits.gather(2, slot))
-            self.logits.scatter_(2, slot, fresh)
+        retains = logits_B1H is not None and self.budget > 0
+        if retains:
             # the token that leaves lies where the new one goes
             leaving = per_head(ring)
             logit = self.logits.gather(2, leaving)
@@ -153,6 +154,14 @@ class RetainedCache:
         self.v.scatter_(2, row, v_BH1D.to(self.v.dtype))
         self.positions.scatter_(2, slot, per_head(self.seen))
         self.logits.scatter_(2, slot, torch.full_like(slot, -torch.inf, dtype=torch.float32))
+        if retains:
+            # last: without lookahead the score is that of the token just inserted
+            scored_B = self.seen - self.lookahead
+            slot = per_head(first_ring + scored_B.clamp(min=0) % self.window)
+            fresh = logits_B1H.transpose(1, 2).float()
+            self.logits.scatter_(
+                2, slot, torch.where(per_head(scored_B >= self.sinks), fresh, self.logits.gather(2, slot))
+            )
         self.seen += 1
 
     def _chunk(self, k_BHTD: Tensor, v_BHTD: Tensor, logits_BTH: Tensor | None, lengths_B: Tensor | None) -> Span:
@@ -262,6 +271,7 @@ class GrowingCache:
     Attributes:
         k, v: [B, H, capacity, D]; position p of a row lies in slot p.
         seen: [B] real tokens of each row so far.
+        longest: int64 on the CPU, at least the largest of them.
     """
 
     def __init__(
@@ -277,7 +287,8 @@ class GrowingCache:
         self.k = torch.zeros(batch, heads, capacity, head_dim, dtype=dtype, device=device)
         self.v = torch.zeros_like(self.k)
         self.seen = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.longest = 0  # no row has more tokens; a host number, so that slicing needs no device
+        # no row has more tokens; on the host, so that slicing never asks the device
+        self.longest = torch.zeros((), dtype=torch.int64, device="cpu")
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -287,9 +298,14 @@ class GrowingCache:
     def nbytes(self) -> int:
         return sum(x.nbytes for x in self.tensors)
 
+    @property
+    def bytes_per_token(self) -> int:
+        """Growth with every token of a row; memory is taken in doubling steps."""
+        return (self.k[0, :, 0].nbytes + self.v[0, :, 0].nbytes) if len(self.k) else 0
+
     def reset(self) -> None:
         self.seen.zero_()
-        self.longest = 0
+        self.longest.zero_()
 
     def reorder(self, index: Tensor) -> None:
         """Row b becomes the former row index[b] (beam search)."""
@@ -300,11 +316,12 @@ class GrowingCache:
         """As `RetainedCache.append`; nothing is ever dropped, so `logits` has no effect."""
         batch, length, heads, dim = k.shape
         device = k.device
-        old = self.longest
+        old = int(self.longest)
         self.longest += length
-        if self.longest >= self.k.shape[2]:
+        longest = old + length
+        if longest >= self.k.shape[2]:
             # the last slot takes what is padding
-            extra = max(self.k.shape[2], self.longest + 1 - self.k.shape[2])
+            extra = max(self.k.shape[2], longest + 1 - self.k.shape[2])
             self.k = torch.cat([self.k, self.k.new_zeros(batch, heads, extra, dim)], 2)
             self.v = torch.cat([self.v, self.v.new_zeros(batch, heads, extra, dim)], 2)
         index_T = torch.arange(length, device=device)
@@ -317,10 +334,10 @@ class GrowingCache:
             self.k.scatter_(2, slot, k_new.transpose(1, 2))
             self.v.scatter_(2, slot, v_new.transpose(1, 2))
             span_k, span_v = (
-                self.k[:, :, : self.longest].transpose(1, 2),
-                self.v[:, :, : self.longest].transpose(1, 2),
+                self.k[:, :, :longest].transpose(1, 2),
+                self.v[:, :, :longest].transpose(1, 2),
             )
-            place = torch.arange(self.longest, device=device)
+            place = torch.arange(longest, device=device)
             positions_BK = torch.where(place <= self.seen[:, None], place, -1)
         else:
             span_k = torch.cat([self.k[:, :, :old].transpose(1, 2), k_new], 1)

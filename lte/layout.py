@@ -70,6 +70,8 @@ class Layout:
 def check_cu_seqlens(cu_seqlens: Tensor, batch: int, length: int) -> None:
     """Reject boundaries that don't describe a packed batch.
 
+    On CUDA the numbers are checked by the device, which is not waited for: wrong ones are a failed assertion there.
+
     Raises:
         ValueError: not a 1-D integer tensor from 0 to `length` that never falls, or a batch other than 1.
     """
@@ -82,6 +84,10 @@ def check_cu_seqlens(cu_seqlens: Tensor, batch: int, length: int) -> None:
         raise ValueError(
             f"cu_seqlens packs documents into one row, but the batch has {batch} rows; reshape it to [1, B * T]"
         )
+    if cu_seqlens.is_cuda:
+        right = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == length) & (cu_seqlens.diff() >= 0).all()
+        torch._assert_async(right, f"cu_seqlens must rise from 0 to the row's length {length}")
+        return
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != length or any(b < a for a, b in pairwise(bounds)):
         raise ValueError(f"cu_seqlens must rise from 0 to the row's length {length}, got {bounds[0]} … {bounds[-1]}")

@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, H KV heads, C channels of a layer, O its outputs, P p
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,25 @@ def lookahead_of(kernel_sizes: tuple[int, ...], dilations: tuple[int, ...]) -> i
 def channels_of(head_dim: int, layers: int) -> tuple[int, ...]:
     """Inputs of each layer and outputs of the last: 2 D, D, D / 2, …"""
     return (2 * head_dim, *(head_dim // 2**layer for layer in range(layers)))
+
+
+def check_sizes(head_dim: int, kernel_sizes: Sequence[int], dilations: Sequence[int]) -> None:
+    """Raises ValueError, naming the sizes, if a scorer can't be built of them."""
+    if not kernel_sizes or len(kernel_sizes) != len(dilations):
+        raise ValueError(
+            f"scorer_kernel_sizes={list(kernel_sizes)} and scorer_dilations={list(dilations)}: give one of each "
+            "a layer"
+        )
+    if any(size % 2 == 0 or size < 1 for size in kernel_sizes) or any(d < 1 for d in dilations):
+        raise ValueError(
+            f"scorer_kernel_sizes={list(kernel_sizes)} must be odd and scorer_dilations={list(dilations)} at least "
+            "1, so that the padding is the same on both sides"
+        )
+    if head_dim % 2 ** (len(kernel_sizes) - 1):
+        raise ValueError(
+            f"head_dim={head_dim} can't be halved {len(kernel_sizes) - 1} times; use a multiple of "
+            f"{2 ** (len(kernel_sizes) - 1)} or fewer scorer layers"
+        )
 
 
 @dataclass(frozen=True)
@@ -95,18 +115,7 @@ class RetentionScorer(nn.Module):
         share_heads: bool = False,
     ):
         super().__init__()
-        if not kernel_sizes or len(kernel_sizes) != len(dilations):
-            raise ValueError(f"scorer kernel_sizes={kernel_sizes} and dilations={dilations}: one of each a layer")
-        if any(size % 2 == 0 or size < 1 for size in kernel_sizes) or any(d < 1 for d in dilations):
-            raise ValueError(
-                f"scorer kernel_sizes={kernel_sizes} must be odd and dilations={dilations} at least 1, "
-                "so that the padding is the same on both sides"
-            )
-        if head_dim % 2 ** (len(kernel_sizes) - 1):
-            raise ValueError(
-                f"head_dim={head_dim} can't be halved {len(kernel_sizes) - 1} times; use a multiple of "
-                f"{2 ** (len(kernel_sizes) - 1)} or fewer scorer layers"
-            )
+        check_sizes(head_dim, kernel_sizes, dilations)
         self.heads = heads
         self.kernel_sizes = tuple(kernel_sizes)
         self.dilations = tuple(dilations)

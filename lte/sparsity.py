@@ -79,11 +79,13 @@ class PenaltyControl(nn.Module):
         super().__init__()
         self.target, self.interval = target, interval
         self.minimum, self.maximum, self.smoothing = minimum, maximum, smoothing
-        self.register_buffer("penalty_weight", torch.zeros(layers, heads))
-        self.register_buffer("density", torch.full((layers, heads), -1.0))  # -1: nothing seen yet
+        # float32 whatever the model's dtype: λ starts at 1e-9, and its steps are small
+        f32 = torch.float32
+        self.register_buffer("penalty_weight", torch.zeros(layers, heads, dtype=f32))
+        self.register_buffer("density", torch.full((layers, heads), -1.0, dtype=f32))  # -1: nothing seen yet
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         # counts since the last optimizer step: kept and eligible
-        self.register_buffer("counts", torch.zeros(2, layers, heads), persistent=False)
+        self.register_buffer("counts", torch.zeros(2, layers, heads, dtype=f32), persistent=False)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

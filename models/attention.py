@@ -17,7 +17,8 @@ from lte.sparsity import RetentionStats, retention_stats
 from lte.visibility import lifetimes
 from models.config import HybridConfig
 from models.mixer import Context, MixerOutput
-from models.rotary import rotary_frequencies, rotate
+from models.ops import rotate
+from models.rotary import rotary_frequencies
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,10 @@ class AttentionState:
     @property
     def nbytes(self) -> int:
         return self.kv.nbytes + (self.scorer.nbytes if self.scorer is not None else 0)
+
+    @property
+    def bytes_per_token(self) -> int:
+        return self.kv.bytes_per_token
 
     def reset(self) -> None:
         self.kv.reset()

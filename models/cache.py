@@ -5,6 +5,7 @@ Shapes: B batch.
 
 from __future__ import annotations
 
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -108,11 +109,17 @@ class HybridCache(Cache):
 
         Args:
             metadata: strings to keep with it (a model's fingerprint, say).
+
+        Raises:
+            OSError: it couldn't be written; a file that was there before is whole.
         """
         tensors = {name: x.contiguous() for name, x in self.tensors().items()}
         extra = {"columns": str(self.columns), **(metadata or {})}
         with atomic_path(Path(path)) as temporary:
-            save_file(tensors, temporary, metadata=extra)
+            try:
+                save_file(tensors, temporary, metadata=extra)
+            except SafetensorError as error:
+                raise OSError(f"{path} could not be written ({error}); make room on the disk") from error
 
     def load(self, path: Path | str, expect: dict[str, str] | None = None) -> dict[str, str]:
         """Fill this cache from a file written by `save`.
@@ -138,9 +145,10 @@ class HybridCache(Cache):
                     f"{path} belongs to another model ({key} is {metadata.get(key)!r}, this model's is {value!r}); "
                     "use the model that wrote it, or another file"
                 )
-        own = self.tensors()
-        if "columns" not in metadata or own.keys() != loaded.keys():
+        if "columns" not in metadata or self.tensors().keys() != loaded.keys():
             raise ValueError(f"{path} is not a session of this model: it holds other tensors; start a new one")
+        self._grow_to(loaded)
+        own = self.tensors()
         for name, x in own.items():
             if x.shape != loaded[name].shape or x.dtype != loaded[name].dtype:
                 raise ValueError(
@@ -151,6 +159,17 @@ class HybridCache(Cache):
             x.copy_(loaded[name])
         self.columns = int(metadata["columns"])
         return metadata
+
+    def _grow_to(self, loaded: dict[str, Tensor]) -> None:
+        """Give the layers that grow with the text, [B, H, tokens, D], as many tokens as the saved ones have."""
+        for name, x in self.tensors().items():
+            layer, *path, last = name.split(".")
+            saved = loaded[name]
+            if not self.states[int(layer)].bytes_per_token or x.ndim != 4 or saved.ndim != 4:
+                continue
+            if x.shape != saved.shape and x[:, :, :0].shape == saved[:, :, :0].shape:
+                owner = reduce(getattr, path, self.states[int(layer)])
+                setattr(owner, last, x.new_zeros(saved.shape))
 
 
 def _collect(value: object, prefix: str, found: dict[str, Tensor]) -> None:
@@ -166,7 +185,14 @@ def _collect(value: object, prefix: str, found: dict[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def cache_bytes(model: HybridModel) -> int:
-    """Bytes of an empty cache of one row, without allocating it anywhere but on the meta device."""
-    weight = model.embed_tokens.weight
-    return sum(layer.mixer.allocate_state(1, weight.dtype, torch.device("meta")).nbytes for layer in model.layers)
+def cache_bytes(model: HybridModel, batch: int = 1, dtype: torch.dtype | None = None) -> tuple[int, int]:
+    """Bytes of a cache of `batch` rows, found on the meta device: of the layers that never grow, and the growth of
+    the others with every token of the rows.
+
+    Args:
+        dtype: of keys, values and convolution states; the model's by default.
+    """
+    dtype = dtype or model.embed_tokens.weight.dtype
+    states = [layer.mixer.allocate_state(batch, dtype, torch.device("meta")) for layer in model.layers]
+    fixed = sum(state.nbytes for state in states if not state.bytes_per_token)
+    return fixed, batch * sum(state.bytes_per_token for state in states)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
+import json
 import math
-from typing import Any
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from lte.scorer import lookahead_of
+from lte.scorer import check_sizes, lookahead_of
 
 LAYER_TYPES = ("gated_deltanet", "attention", "nsa")
 POSITION_ENCODINGS = ("rope", "rope_in_cache", "none")
@@ -106,6 +113,9 @@ class HybridConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs: Any):
+        for name, kind in _own_fields().items():
+            if not _fits(getattr(self, name), kind):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be {_in_words(kind)}")
         if self.intermediate_size is None:
             self.intermediate_size = 256 * math.ceil(8 * self.hidden_size / (3 * 256))
         if self.layer_types is None:
@@ -159,7 +169,14 @@ class HybridConfig(PreTrainedConfig):
         at_least(1, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         at_least(1, "num_key_value_heads", "head_dim", "gdn_num_heads", "gdn_head_dim", "prefill_chunk")
         at_least(1, "max_position_embeddings", "penalty_interval")
-        at_least(0, "sinks", "budget", "keep_all_steps")
+        at_least(0, "sinks", "budget", "keep_all_steps", "penalty_min", "scorer_lr_scale", "initializer_range")
+        at_least(2, "gdn_conv_size")
+        if not 0 <= self.scorer_dropout < 1:
+            raise ValueError(f"scorer_dropout={self.scorer_dropout} must lie in [0, 1)")
+        if self.penalty_max < self.penalty_min:
+            raise ValueError(f"penalty_max={self.penalty_max} is below penalty_min={self.penalty_min}; raise it")
+        if self.rope_theta <= 0 or self.rms_norm_eps <= 0:
+            raise ValueError(f"rope_theta={self.rope_theta} and rms_norm_eps={self.rms_norm_eps} must be positive")
         for kind in self.layer_types:
             if kind not in LAYER_TYPES:
                 raise ValueError(f"layer_types has {kind!r}; use {', '.join(LAYER_TYPES)}")
@@ -179,7 +196,13 @@ class HybridConfig(PreTrainedConfig):
             )
         if self.window is not None and self.window < 1:
             raise ValueError(f"window={self.window} must be at least 1 (the query's own key), or null for no limit")
+        if not float(self.gdn_head_dim * self.gdn_expand_v).is_integer() or self.gdn_expand_v <= 0:
+            raise ValueError(
+                f"gdn_expand_v={self.gdn_expand_v} times gdn_head_dim={self.gdn_head_dim} must be a positive whole "
+                "number; change one of them"
+            )
         if self.has_scorer:
+            check_sizes(self.head_dim, self.scorer_kernel_sizes, self.scorer_dilations)
             if self.window is None:
                 raise ValueError("window=null keeps every token; use retention='none', or set a window")
             if self.window <= self.lookahead:
@@ -190,5 +213,79 @@ class HybridConfig(PreTrainedConfig):
                 )
         elif self.budget and "attention" in self.layer_types:
             raise ValueError(
-                f"budget={self.budget} has nothing to fill it with retention='none'; set budget to 0 or retention to 'lte'"
+                f"budget={self.budget} has nothing to fill it with retention='none'; set budget to 0 or retention "
+                "to 'lte'"
             )
+
+
+def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> HybridConfig:
+    """The configuration in a JSON file, or in the config.json of a folder, with some fields replaced.
+
+    Unlike transformers' own loading, a field that doesn't exist is an error.
+
+    Raises:
+        ValueError: no such file, not JSON, another model_type, an unknown field, or what `HybridConfig` refuses; the
+            message names it.
+    """
+    path = Path(path).expanduser()
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(f"{file} is no file; give a model configuration such as configs/models/lalte-tiny.json")
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON ({error}); give a model configuration") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} holds a {type(values).__name__}; a JSON object of fields is expected")
+    if values.get("model_type", HybridConfig.model_type) != HybridConfig.model_type:
+        raise ValueError(
+            f"{file}: model_type={values['model_type']!r} is another kind of model; "
+            f"{HybridConfig.model_type!r} is read here"
+        )
+    overrides = dict(overrides or {})
+    _check_names(values, str(file))
+    _check_names(overrides, "overrides")
+    merged = {**values, **overrides}
+    merged.pop("model_type", None)
+    try:
+        return HybridConfig(**merged)
+    except (ValueError, AttributeError) as error:
+        # an unknown dtype is an AttributeError of torch
+        raise ValueError(f"{file}{' with overrides' if overrides else ''}: {error}") from error
+
+
+def _check_names(values: Mapping[str, Any], where: str) -> None:
+    known = HybridConfig().to_dict().keys() | set(inspect.signature(HybridConfig).parameters)
+    known |= {"model_type", "torch_dtype", "attn_implementation"}
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), sorted(_own_fields()), n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(_own_fields()))}"
+            raise ValueError(f"{where}: unknown field {name}={values[name]!r}; {hint}")
+
+
+@cache
+def _own_fields() -> dict[str, Any]:
+    return inspect.get_annotations(HybridConfig, eval_str=True)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value has a field's type; a whole number is a number, true is no number."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is UnionType:
+        return any(_fits(value, each) for each in inner)
+    if origin in (list, tuple):
+        return isinstance(value, origin) and all(_fits(each, inner[0]) for each in value)
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def _in_words(kind: Any) -> str:
+    """A field's type as a JSON author calls it."""
+    words = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", NoneType: "null"}
+    if get_origin(kind) is UnionType:
+        return " or ".join(dict.fromkeys(_in_words(each) for each in get_args(kind)))
+    if get_origin(kind) in (list, tuple):
+        return f"a list, each entry {_in_words(get_args(kind)[0])}"
+    return words[kind]

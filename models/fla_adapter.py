@@ -1,15 +1,21 @@
-"""The only door to flash-linear-attention 0.6: Gated DeltaNet's kernels, for CUDA tensors.
+"""The only door to flash-linear-attention 0.6: kernels of Gated DeltaNet and native sparse attention, on CUDA.
 
 The library is imported inside the functions, so that nothing of it, nor of Triton, loads without a GPU.
 
 Shapes: B batch, T tokens, H heads, K key channels of a head, V value channels of a head, N documents
-(B rows where nothing is packed), C channels, L inputs that a convolution remembers, W its width.
+(B rows where nothing is packed), C channels, L inputs that a convolution remembers, W its width. In native sparse
+attention: N query heads, H KV heads, D head dimension.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
+import sys
+from functools import lru_cache
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,12 +29,37 @@ def _load(module: str) -> ModuleType:
         ImportError: it is missing, or of a version that lacks the module.
     """
     try:
+        _offer_configurations()
         return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(
-            f"Gated DeltaNet on a CUDA device needs {module}: "
+            f"Gated DeltaNet and native sparse attention on a CUDA device need {module}: "
             "pip install 'flash-linear-attention>=0.6,<0.7', or move the model to the CPU"
         ) from error
+
+
+def _offer_configurations() -> None:
+    """Point the library to kernel configurations that were tuned for our sizes, so that a first step need not tune.
+
+    It reads the two variables once, when it is imported; whoever set one, or imported it before, is not overruled.
+    Sizes that aren't in the files are tuned as ever.
+    """
+    if "fla" in sys.modules or {"FLA_CACHE_MODE", "FLA_CONFIG_DIR"} & os.environ.keys():
+        return
+    if not torch.cuda.is_available():
+        return
+    folder = Path(__file__).with_name("fla_configs") / "sm{}{}".format(*torch.cuda.get_device_capability())
+    if folder.is_dir():
+        os.environ["FLA_CACHE_MODE"] = "strict"
+        os.environ["FLA_CONFIG_DIR"] = str(folder)
+
+
+def bare_kernel(module: str, name: str) -> Any:
+    """A Triton kernel of the library without its autotuner: whoever launches it chooses the configuration."""
+    kernel = getattr(_load(module), name)
+    while not kernel.__class__.__name__.endswith("Function"):  # Autotuner and Heuristics wrap a JITFunction
+        kernel = kernel.fn
+    return kernel
 
 
 def gated_delta_rule(
@@ -151,6 +182,93 @@ def gated_rms_norm(x_BTHV: Tensor, gate_BTHV: Tensor, weight_V: Tensor, eps: flo
     """RMSNorm over the last dimension times SiLU of the gate [B, T, H, V]."""
     norm = _load("fla.modules.norm.fused_norm_gate").rms_norm_gated
     return norm(x_BTHV, gate_BTHV, weight_V, None, activation="swish", eps=eps)
+
+
+def cross_entropy_rows(logits_MV: Tensor, targets_M: Tensor, ignore_index: int) -> Tensor:
+    """Cross-entropy of every row [M] (float32), 0 where ignored; overwrites the logits with its gradient."""
+    ops = _load("fla.modules.fused_cross_entropy.ops")
+    with torch.cuda.device_of(logits_MV):
+        losses_M, _, lse_M, classes, first = ops.cross_entropy_fwd(logits_MV, targets_M, ignore_index=ignore_index)
+        ops.cross_entropy_bwd(
+            logits_MV,
+            targets_M,
+            lse_M,
+            losses_M.new_ones(()).expand(len(losses_M)),
+            ignore_index=ignore_index,
+            total_classes=classes,
+            class_start_idx=first,
+            inplace_backward=True,
+        )
+    return losses_M
+
+
+def causal_attention(q_BTND: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, window: int | None = None) -> Tensor:
+    """The library's own dense attention [B, T, N, D], full or over the last `window` keys: a peer to measure."""
+    return _load("fla.ops.attn.parallel").parallel_attn(q_BTND, k_BTHD, v_BTHD, window_size=window)
+
+
+def nsa_obstacle(dtype: torch.dtype, group: int, head_dim: int, block_size: int, selected_blocks: int) -> str | None:
+    """Why `nsa_blocks` can't take these sizes; None if it can.
+
+    Args:
+        group: query heads that share a KV head.
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"the kernels would compute {dtype} in TF32; use bfloat16"
+    if group < 16 or group != _power_of_2(group):
+        return f"{group} query heads share a KV head, the kernels want a power of 2 from 16 on"
+    if not 16 <= head_dim <= 256:
+        return f"head_dim is {head_dim}, the kernels want 16 to 256"
+    if block_size < 16 or block_size != _power_of_2(block_size):
+        return f"the block size is {block_size}, the kernels want a power of 2 from 16 on"
+    if selected_blocks != _power_of_2(selected_blocks) or block_size < 2 * selected_blocks:
+        return (
+            f"{selected_blocks} blocks are selected, the kernels want a power of 2 up to half a block's {block_size}"
+        )
+    return None
+
+
+def nsa_blocks(
+    q_BTND: Tensor,
+    k_BTHD: Tensor,
+    v_BTHD: Tensor,
+    gates_BTN3: Tensor,
+    *,
+    block_size: int,
+    selected_blocks: int,
+    cu_seqlens: Tensor | tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Compressed and selected branch of native sparse attention, gated and added [B, T, N, D] (arXiv 2502.11089).
+
+    Args:
+        gates_BTN3: weights of the compressed, the selected and the window branch; the last is not used here, for
+            the library's own window needs another library.
+        cu_seqlens: [M + 1] boundaries of packed documents, with B = 1. Two such: those of the queries and those of
+            the keys, where a document's queries are its last tokens; without gradients, and without empty documents.
+    """
+    if isinstance(cu_seqlens, Tensor):
+        cu_seqlens = _without_empty(cu_seqlens)
+    g_cmp, g_slc, _ = gates_BTN3.to(q_BTND.dtype).unbind(-1)
+    return _load("fla.ops.nsa.parallel").parallel_nsa(
+        q_BTND,
+        k_BTHD,
+        v_BTHD,
+        g_cmp=g_cmp,
+        g_slc=g_slc,
+        block_counts=selected_blocks,
+        block_size=block_size,
+        window_size=0,
+        cu_seqlens=cu_seqlens,
+    )
+
+
+@lru_cache(maxsize=4)
+def _without_empty(cu_seqlens: Tensor) -> Tensor:
+    """Boundaries without empty documents, which the library would miscount.
+
+    Kept for the tensor it was asked for: all layers ask for the same, and each answer waits for the device.
+    """
+    return torch.unique_consecutive(cu_seqlens)
 
 
 def _power_of_2(n: int) -> int:

@@ -66,6 +66,11 @@ class GatedDeltaNetState:
         """Bytes of both tensors."""
         return self.conv_BCL.nbytes + self.recurrent_BHKV.nbytes
 
+    @property
+    def bytes_per_token(self) -> int:
+        """Growth with every token: none."""
+        return 0
+
     @torch.no_grad()
     def reset(self) -> None:
         """Forget everything."""

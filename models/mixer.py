@@ -21,11 +21,13 @@ class Context(Layout):
 
     Attributes:
         rotary: cos and sin [B, T, 1, D / 2] of the tokens' text positions; None without rotary embedding of them.
+        nsa_rotary: the same for native sparse attention, whose head dimension D is another.
         keep_all: whether the rule keeps everything and the scorer rests (the recipe's `keep_all_steps`).
         shared_scorer: the scorer of all layers where the config shares one.
     """
 
     rotary: tuple[Tensor, Tensor] | None = None
+    nsa_rotary: tuple[Tensor, Tensor] | None = None
     keep_all: bool = False
     shared_scorer: RetentionScorer | None = None
 
@@ -48,6 +50,10 @@ class MixerState(Protocol):
 
     @property
     def nbytes(self) -> int: ...
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that every further token of a row takes; 0 where the size is fixed."""
 
     def reset(self) -> None: ...
 

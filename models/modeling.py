@@ -6,7 +6,7 @@ Shapes: B batch, T tokens, C hidden size, V vocabulary, L attention layers with 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +24,10 @@ from models.cache import HybridCache
 from models.config import HybridConfig
 from models.gated_deltanet import GatedDeltaNet
 from models.mixer import Context, MixerState
+from models.native_sparse_attention import NativeSparseAttention
+from models.ops import IGNORE, RMSNorm, linear_cross_entropy, swiglu
 from models.padding import LeftAligned, unpad
 from models.rotary import rotary_angles
-
-IGNORE = -100
 
 
 @dataclass
@@ -38,7 +38,7 @@ class HybridOutput(ModelOutput):
         loss: language-model loss, plus the penalty while training; None without labels.
         lm_loss: mean cross-entropy in nats per predicted token.
         retention_penalty: Σ λ · mean relu(r - 0.5), already part of `loss` while training.
-        logits: [B, T or logits_to_keep, V].
+        logits: [B, T or logits_to_keep, V]; None in training with labels on CUDA, where only pieces of them exist.
         past_key_values: the cache, if one was used.
         hidden_states: inputs of every block and the final norm's output, if asked for.
     """
@@ -71,7 +71,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_BTC)) * self.up_proj(x_BTC))
+        return self.down_proj(swiglu(self.gate_proj(x_BTC), self.up_proj(x_BTC)))
 
 
 def build_mixer(config: HybridConfig, kind: str) -> nn.Module:
@@ -87,9 +87,8 @@ def build_mixer(config: HybridConfig, kind: str) -> nn.Module:
             conv_size=config.gdn_conv_size,
             norm_eps=config.rms_norm_eps,
         )
-    raise ValueError(
-        f"layer_types has {kind!r}, for which this version has no mixer; use gated_deltanet or attention"
-    )
+    assert kind == "nsa", "the configuration knows no other layer types"
+    return NativeSparseAttention(config)
 
 
 class Block(GradientCheckpointingLayer):
@@ -97,17 +96,19 @@ class Block(GradientCheckpointingLayer):
 
     def __init__(self, config: HybridConfig, kind: str):
         super().__init__()
-        self.mixer_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mixer_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mixer = build_mixer(config, kind)
-        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = MLP(config)
+        for linear in (self.mixer.o_proj, self.mlp.down_proj):
+            linear.to_residual_stream = True
 
     def forward(
         self, x_BTC: Tensor, context: Context, state: MixerState | None = None
     ) -> tuple[Tensor, RetentionStats | None]:
         mixed = self.mixer(self.mixer_norm(x_BTC), context, state)
-        x_BTC = x_BTC + mixed.hidden
-        return x_BTC + self.mlp(self.mlp_norm(x_BTC)), mixed.retention
+        normed_BTC, x_BTC = self.mlp_norm.add(mixed.hidden, x_BTC)
+        return x_BTC + self.mlp(normed_BTC), mixed.retention
 
 
 class HybridPreTrainedModel(PreTrainedModel):
@@ -117,20 +118,22 @@ class HybridPreTrainedModel(PreTrainedModel):
     _no_split_modules = ("Block",)
     _skip_keys_device_placement = "past_key_values"
     _is_stateful = True  # no assisted decoding: the cache can't be cropped
+    # decays are exponentials of exponentials, and λ starts at 1e-9: too fine for 16 bits
+    _keep_in_fp32_modules_strict = ("A_log", "dt_bias", "penalty_weight", "penalty_control.density")
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
         if isinstance(module, nn.Linear | nn.Embedding):
-            init.normal_(module.weight, std=std)
+            # outputs to the residual stream shrink with depth, as in GPT-2
+            depth = 2 * self.config.num_hidden_layers if hasattr(module, "to_residual_stream") else 1
+            init.normal_(module.weight, std=std / math.sqrt(depth))
         elif isinstance(module, nn.RMSNorm):
             init.ones_(module.weight)
-        elif isinstance(module, Block):
-            # outputs to the residual stream shrink with depth, as in GPT-2
-            for linear in (module.mixer.o_proj, module.mlp.down_proj):
-                init.normal_(linear.weight, std=std / math.sqrt(2 * self.config.num_hidden_layers))
         elif isinstance(module, GatedDeltaNet | RetentionScorer | PenaltyControl) and not _is_loaded(module):
             module.reset_parameters()
+        if isinstance(module, PenaltyControl):
+            init.zeros_(module.counts)  # in no checkpoint, so loading leaves it uninitialised
 
 
 def _is_loaded(module: nn.Module) -> bool:
@@ -146,7 +149,7 @@ class HybridModel(HybridPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, kind) for kind in config.layer_types)
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         shared = config.has_scorer and config.scorer_sharing == "layers"
         self.shared_scorer = build_scorer(config) if shared else None
         self.gradient_checkpointing = False
@@ -180,8 +183,10 @@ class HybridModel(HybridPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
-        x_BTC = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        batch, length = x_BTC.shape[:2]
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        batch, length = tokens.shape[:2]
+        if not length:
+            raise ValueError(f"the input {tuple(tokens.shape)} holds no tokens; give at least one a row")
         if attention_mask is not None:
             attention_mask = _check_mask(attention_mask, batch, length, past_key_values)
         if past_key_values is None and use_cache:
@@ -191,10 +196,11 @@ class HybridModel(HybridPreTrainedModel):
                 raise ValueError("cu_seqlens packs whole documents: use it without past_key_values")
             if past_key_values.batch != batch:
                 raise ValueError(
-                    f"past_key_values has {past_key_values.batch} rows, the input {batch}; allocate a cache of that size"
+                    f"past_key_values has {past_key_values.batch} rows, the input {batch}; allocate a cache of "
+                    "that size"
                 )
             hidden, states = self._cached(
-                x_BTC, attention_mask, past_key_values, last_columns, bool(output_hidden_states)
+                tokens, attention_mask, past_key_values, last_columns, bool(output_hidden_states)
             )
             return HybridModelOutput(last_hidden_state=hidden, past_key_values=past_key_values, hidden_states=states)
         if cu_seqlens is not None:
@@ -202,6 +208,7 @@ class HybridModel(HybridPreTrainedModel):
             if attention_mask is not None:
                 raise ValueError("packed rows (cu_seqlens) have no padding: leave attention_mask out")
         restore = None
+        x_BTC = self._embed(tokens)
         if attention_mask is not None:
             x_BTC, cu_seqlens, restore = unpad(x_BTC, attention_mask)
         hidden, retention, states = self._run(x_BTC, cu_seqlens, None, None, keep_all, bool(output_hidden_states))
@@ -211,15 +218,19 @@ class HybridModel(HybridPreTrainedModel):
             hidden = hidden[:, -last_columns:]
         return HybridModelOutput(last_hidden_state=hidden, hidden_states=states, retention=retention)
 
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """[B, T, C] of ids [B, T], or of what is embedded already."""
+        return tokens if tokens.is_floating_point() else self.embed_tokens(tokens)
+
     def _cached(
-        self, x_BTC: Tensor, mask_BT: Tensor | None, cache: HybridCache, last_columns: int, with_states: bool
+        self, tokens: Tensor, mask_BT: Tensor | None, cache: HybridCache, last_columns: int, with_states: bool
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         """The prompt in chunks, so that memory beyond the result doesn't grow with it."""
-        length, chunk = x_BTC.shape[1], self.config.prefill_chunk
+        length, chunk = tokens.shape[1], self.config.prefill_chunk
         first_column = max(0, length - last_columns) if last_columns else 0
         hiddens, all_states = [], []
         for start in range(0, length, chunk):
-            piece = x_BTC[:, start : start + chunk]
+            piece = self._embed(tokens[:, start : start + chunk])
             aligned = None
             if mask_BT is not None:
                 aligned = LeftAligned.of(mask_BT[:, start : start + chunk])
@@ -259,20 +270,24 @@ class HybridModel(HybridPreTrainedModel):
 
     def _context(self, x_BTC, cu_seqlens, lengths, cache: HybridCache | None, keep_all: bool) -> Context:
         context = Context(cu_seqlens=cu_seqlens, lengths=lengths, keep_all=keep_all, shared_scorer=self.shared_scorer)
-        if self.config.position_encoding != "rope" or "attention" not in self.config.layer_types:
+        config, kinds = self.config, self.config.layer_types
+        has_rotary = config.position_encoding == "rope" and "attention" in kinds
+        has_nsa_rotary = config.position_encoding != "none" and "nsa" in kinds
+        if not has_rotary and not has_nsa_rotary:
             return context
         positions_BT = context.positions(*x_BTC.shape[:2], x_BTC.device)
         if cache is not None:
-            attention = cache.states[self.config.layer_types.index("attention")]
-            positions_BT = attention.kv.seen[:, None] + torch.arange(x_BTC.shape[1], device=x_BTC.device)
-        rotary = rotary_angles(positions_BT, self.config.head_dim, self.config.rope_theta)
-        return Context(
-            cu_seqlens=cu_seqlens,
-            lengths=lengths,
-            rotary=rotary,
-            keep_all=keep_all,
-            shared_scorer=self.shared_scorer,
-        )
+            if "nsa" in kinds:
+                seen_B = cache.states[kinds.index("nsa")].seen
+            else:
+                seen_B = cache.states[kinds.index("attention")].kv.seen
+            positions_BT = seen_B[:, None] + torch.arange(x_BTC.shape[1], device=x_BTC.device)
+        rotary = nsa_rotary = None
+        if has_rotary:
+            rotary = rotary_angles(positions_BT, config.head_dim, config.rope_theta)
+        if has_nsa_rotary:
+            nsa_rotary = rotary_angles(positions_BT, config.nsa_head_dim, config.rope_theta)
+        return replace(context, rotary=rotary, nsa_rotary=nsa_rotary)
 
 
 def _check_mask(mask: Tensor, batch: int, length: int, cache: HybridCache | None) -> Tensor | None:
@@ -350,14 +365,20 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             last_columns=logits_to_keep if labels is None else 0,
             keep_all=keep_all,
         )
-        logits = self.lm_head(outputs.last_hidden_state)
+        hidden = outputs.last_hidden_state
+        fused_loss = self.training and labels is not None and hidden.is_cuda
+        logits = None if fused_loss else self.lm_head(hidden)
         loss = lm_loss = penalty = None
         if outputs.retention:
             penalty = self.penalty_control.penalty(outputs.retention)
             self.penalty_control.observe(outputs.retention)
         if labels is not None:
             targets = shift_labels(labels, attention_mask, cu_seqlens)
-            lm_loss, share = cross_entropy(logits, targets, num_items_in_batch)
+            if fused_loss:
+                total = linear_cross_entropy(hidden, self.lm_head.weight, targets)
+            else:
+                total = cross_entropy(logits, targets)
+            lm_loss, share = per_item(total, targets, num_items_in_batch)
             loss = lm_loss
             if penalty is not None and self.training:
                 # a micro-batch carries its share of the step's penalty
@@ -406,6 +427,8 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         """Enforce another budget in evaluation and in caches made from now on; None: the config's."""
         if budget is not None and budget < 0:
             raise ValueError(f"budget={budget} must be 0 or more, or None for the config's {self.config.budget}")
+        if budget and not self.config.has_scorer:
+            raise ValueError(f"budget={budget}: this model has no retention scorer to fill it; use 0 or None")
         for layer in self.model.layers:
             if isinstance(layer.mixer, RetainedAttention):
                 layer.mixer.budget = self.config.budget if budget is None else budget
@@ -469,13 +492,19 @@ def shift_labels(labels_BT: Tensor, mask_BT: Tensor | None, cu_seqlens: Tensor |
     return targets_BT
 
 
-def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor, items: Tensor | int | None) -> tuple[Tensor, Tensor]:
-    """Loss in nats per item (in float32), and the share of the items that lies in this call."""
-    total = F.cross_entropy(
-        logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), ignore_index=IGNORE, reduction="sum"
-    )
+def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor, chunk: int = 1024) -> Tensor:
+    """Sum of the cross-entropies in nats (float32), a few tokens at a time: no float32 copy of all logits exists."""
+    pieces = zip(logits_BTV.flatten(0, 1).split(chunk), targets_BT.flatten().split(chunk), strict=True)
+    return torch.stack(
+        [F.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="sum") for logits, targets in pieces]
+    ).sum()
+
+
+def per_item(total: Tensor, targets_BT: Tensor, items: Tensor | int | None) -> tuple[Tensor, Tensor]:
+    """A summed loss per item, and the share of the items that lies in this call."""
     count = (targets_BT != IGNORE).sum()
     if items is None:
         return total / count.clamp(min=1), torch.ones_like(total)
-    items = torch.as_tensor(items, device=total.device)
+    if isinstance(items, Tensor):
+        items = items.to(total.device)
     return total / items, count / items

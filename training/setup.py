@@ -159,7 +159,7 @@ def training_arguments(config: TrainConfig, output: Path, may_skip_parameters: b
         save_strategy="steps",
         save_steps=config.checkpoint.every,
         seed=config.seed,
-        use_cpu=config.device == "cpu",
+        use_cpu=config.device == "cpu" or not torch.cuda.is_available(),
         report_to=list(config.log.report_to) or "none",
         remove_unused_columns=False,
         disable_tqdm=True,

@@ -1,0 +1,304 @@
+"""The public face: `import lalte` registers the models with transformers' Auto classes; `load` loads one; `main` is
+the command `lalte`.
+
+    import lalte
+    model, tokenizer = lalte.load("runs/quickstart")
+
+Everything heavy is imported where it is used, so that the command's --help appears at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+DESCRIPTION = """\
+Language models that stay cheap at any length and still remember: Gated DeltaNet layers and sparse attention with
+learned token eviction (arXiv 2510.20787).
+"""
+EPILOG = """\
+examples:
+  lalte train configs/train/quickstart.yaml              train a model; its folder is runs/quickstart
+  lalte eval niah --model runs/quickstart --out runs/niah --lengths 512,1024
+  lalte generate --model runs/quickstart --prompt "Once upon a time" --max-new-tokens 100
+  lalte info configs/models/lalte-0.4b.json              parameters and cache bytes
+
+`lalte COMMAND --help` explains a command. DIR is always the folder of a trained model and its tokenizer.
+"""
+
+
+def load(folder: str | Path, device: Any = "auto", dtype: Any = "auto") -> tuple[Any, Any]:
+    """(model, tokenizer) from a folder, ready for evaluation; see `models.loading.load`."""
+    from models.loading import load
+
+    return load(folder, device, dtype)
+
+
+# ---- lalte train ----
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Trains a model as a YAML file says. The run's folder gets the model, its tokenizer, checkpoints,\n"
+        "log.jsonl, TensorBoard files and config.yaml, the configuration in full. The same command continues an\n"
+        "interrupted run."
+    )
+    parser.epilog = (
+        "examples:\n"
+        "  lalte train configs/train/tiny.yaml\n"
+        "  lalte train configs/train/tiny.yaml steps=200 optimizer.lr=3e-4 output=runs/second\n"
+        "  torchrun --nproc_per_node 8 -m lalte train configs/train/tiny.yaml precision=bf16"
+    )
+    parser.add_argument("config", metavar="CONFIG", help="YAML file, such as one of configs/train")
+    parser.add_argument("changes", metavar="key=value", nargs="*", help="replaces a setting of the file")
+
+
+def _train(args: argparse.Namespace) -> int:
+    from training.config import load_config
+    from training.trainer import train
+
+    folder = train(load_config(args.config, args.changes))
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"the model is in {folder}; try: lalte generate --model {folder} --prompt …")
+    return 0
+
+
+# ---- lalte eval ----
+
+
+def _eval_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Measures a trained model. Each evaluation has a --help of its own."
+    parser.epilog = "example:\n  lalte eval niah --model runs/quickstart --lengths 512,1024 --out runs/niah"
+    _add_commands(parser, EVALUATIONS, "EVALUATION")
+
+
+# ---- lalte generate ----
+
+
+def _generate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Continues a text and prints what the model writes as it arises, at constant memory. A session file keeps\n"
+        "what the model has read and written: the next call with it continues there, however long the text is."
+    )
+    parser.epilog = (
+        "examples:\n"
+        '  lalte generate --model runs/quickstart --prompt "Once upon a time" --temperature 0.8\n'
+        "  lalte generate --model runs/quickstart --prompt-file book.txt --max-new-tokens 500\n"
+        "  cat book.txt | lalte generate --model runs/quickstart -\n"
+        "  lalte generate --model runs/quickstart --prompt-file book.txt --session book.session --max-new-tokens 0\n"
+        '  lalte generate --model runs/quickstart --session book.session --prompt "What was the number?"\n'
+        "Ctrl-C ends the text; the session is kept."
+    )
+    add = parser.add_argument
+    add("--model", metavar="DIR", required=True, help="folder of the model and its tokenizer")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--prompt", metavar="TEXT", help="the text to continue")
+    source.add_argument("--prompt-file", metavar="FILE", help="a file with it, in UTF-8; - is the standard input")
+    source.add_argument("stdin", metavar="-", nargs="?", choices=["-"], help="the same as --prompt-file -")
+    add("--session", metavar="FILE", help="continue this session if the file exists; write it at the end")
+    add("--max-new-tokens", metavar="N", type=int, default=256, help="default: 256; -1: no limit; 0: only read")
+    add("--ignore-end", action="store_true", help="write on after an end-of-text token")
+    add("--temperature", metavar="X", type=float, default=0.0, help="default: 0, always the likeliest token")
+    add("--top-k", metavar="N", type=int, help="draw from the N likeliest tokens")
+    add("--top-p", metavar="X", type=float, help="draw from the likeliest tokens of total probability X")
+    add("--seed", metavar="N", type=int, default=0, help="of the draws; default: 0")
+    add("--budget", metavar="N", type=int, help="retained tokens per head; 0: none; default: the model's own")
+    add("--device", metavar="NAME", default="auto", help="auto (default), cpu, cuda, cuda:1, …")
+    add("--dtype", metavar="NAME", default="auto", help="auto (default: as saved), float32, bfloat16, float16")
+
+
+def _read_prompt(args: argparse.Namespace) -> str:
+    """The prompt of a call, empty if there is none.
+
+    Raises:
+        ValueError: missing, empty, or no text in UTF-8.
+    """
+    if args.prompt is not None:
+        name, data = "--prompt", os.fsencode(args.prompt)
+    elif args.stdin or args.prompt_file == "-":
+        name, data = "the standard input", sys.stdin.buffer.read()
+    elif args.prompt_file is not None:
+        name = args.prompt_file
+        if not Path(name).is_file():
+            raise ValueError(f"--prompt-file {name} is no file; give a text file, or - for the standard input")
+        data = Path(name).read_bytes()
+    elif args.session and Path(args.session).exists():
+        return ""
+    else:
+        raise ValueError("there is nothing to continue; give --prompt, --prompt-file or an existing --session")
+    if not data:
+        raise ValueError(f"{name} is empty; give at least one character")
+    if (nul := data.find(0)) >= 0:
+        raise ValueError(f"{name} is binary: byte {nul} is NUL; give a text in UTF-8")
+    try:
+        return data.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        byte = f"byte {error.start} is 0x{data[error.start]:02x}"
+        raise ValueError(f"{name} is not UTF-8: {byte}; convert it to UTF-8") from None
+
+
+def _check_session(path: Path) -> None:
+    """Raises ValueError where a session can't be written, before any work is done for it."""
+    folder = path.absolute().parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f"--session {path} can't be written; name a file in a folder that exists and is yours")
+
+
+def _generate(args: argparse.Namespace) -> int:
+    prompt = _read_prompt(args)
+    if args.max_new_tokens < -1:
+        raise ValueError(f"--max-new-tokens {args.max_new_tokens} must be 0 or more, or -1 for no limit")
+    session = Path(args.session) if args.session else None
+    if session is not None:
+        _check_session(session)
+    from models import terminal
+    from models.generation import Sampling
+
+    sampling = Sampling(args.temperature, args.top_k, args.top_p)
+    _quiet()
+    model, tokenizer = load(args.model, args.device, args.dtype)
+    if args.budget is not None:
+        model.set_retention_budget(args.budget)
+    return terminal.run(
+        model,
+        tokenizer,
+        prompt,
+        session=session,
+        max_new_tokens=None if args.max_new_tokens < 0 else args.max_new_tokens,
+        sampling=sampling,
+        seed=args.seed,
+        ignore_end=args.ignore_end,
+    )
+
+
+def _quiet() -> None:
+    """No progress bars nor notes of transformers between the prompt and its continuation."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+# ---- lalte info ----
+
+
+def _info_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Parameters of a model by part, its rule, and the bytes of its cache. Nothing is loaded or allocated."
+    )
+    parser.epilog = (
+        "examples:\n"
+        "  lalte info configs/models/lalte-0.4b.json\n"
+        "  lalte info runs/quickstart --batch 8 --dtype float32"
+    )
+    parser.add_argument("config", metavar="CONFIG|DIR", help="a model configuration (JSON), or a model's folder")
+    parser.add_argument("--batch", metavar="N", type=int, default=1, help="sequences of the cache; default: 1")
+    parser.add_argument("--dtype", metavar="NAME", default="bfloat16", help="of the cache; default: bfloat16")
+
+
+def _info(args: argparse.Namespace) -> int:
+    from models.config import load_config
+    from models.info import render
+    from models.loading import DTYPES
+
+    if args.dtype not in DTYPES:
+        raise ValueError(f"--dtype {args.dtype} is unknown; use {', '.join(DTYPES)}")
+    print(render(load_config(args.config), args.batch, DTYPES[args.dtype]))
+    return 0
+
+
+# ---- the command ----
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: a line of help, what adds its arguments, and what runs it and returns the exit status."""
+
+    help: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int] | None = None
+
+
+def _command_of(module: str, help: str) -> Command:
+    """The command of a module that imports nothing heavy, with functions `add_arguments` and `run_from_arguments`."""
+    return Command(
+        help,
+        lambda parser: importlib.import_module(module).add_arguments(parser),
+        lambda args: importlib.import_module(module).run_from_arguments(args),
+    )
+
+
+EVALUATIONS = {
+    "niah": _command_of("eval.niah_cli", "needles in haystacks: does the model find a sentence far back?"),
+}
+COMMANDS = {
+    "train": Command("train a model from a YAML file", _train_arguments, _train),
+    "eval": Command("measure a trained model", _eval_arguments),
+    "generate": Command("continue a text, at constant memory", _generate_arguments, _generate),
+    "info": Command("parameters and cache bytes of a model", _info_arguments, _info),
+}
+
+
+def _add_commands(parser: argparse.ArgumentParser, commands: dict[str, Command], name: str) -> None:
+    places = parser.add_subparsers(title=name.lower() + "s", metavar=name, required=True)
+    for word, command in commands.items():
+        formatter = argparse.RawDescriptionHelpFormatter
+        child = places.add_parser(word, help=command.help, formatter_class=formatter, allow_abbrev=False)
+        child.add_argument("--debug", action="store_true", help="show where an error arose")
+        command.add_arguments(child)
+        if command.run is not None:
+            child.set_defaults(run=command.run)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="lalte",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    _add_commands(parser, COMMANDS, "COMMAND")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; the exit status is 2 for an error of the user's, 130 after Ctrl-C."""
+    args = build_parser().parse_args(argv)
+    try:
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows another
+        status = args.run(args)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # whoever read our output has enough; what is buffered can't be written any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        if args.debug:
+            raise
+        text = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, RuntimeError):
+            text += " (--debug shows where)"
+        print(f"lalte: error: {text}", file=sys.stderr)
+        return 2
+
+
+def _is_command() -> bool:
+    """Whether this process is the console command `lalte`."""
+    return Path(sys.argv[0]).stem == "lalte" if sys.argv else False
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+if not _is_command():
+    import models  # noqa: F401 - registers the models; the command does so when it needs them

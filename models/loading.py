@@ -1,0 +1,171 @@
+"""Loads a saved model and its tokenizer, refusing what is missing, broken or foreign, and names a model's weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from models.config import HybridConfig, load_config
+from models.modeling import HybridForCausalLM
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+# fields of a config that don't change what a model computes, but for rounding
+NEUTRAL = ("_name_or_path", "transformers_version", "architectures", "dtype", "attention_backend", "prefill_chunk")
+
+
+def pick_device(device: str | torch.device = "auto") -> torch.device:
+    """`auto` is the first CUDA device if there is one, else the CPU.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    if str(device) == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(1, device=device)
+        return torch.device(device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device={str(device)!r} can't be used ({reason}); use auto, cpu or cuda") from error
+
+
+def pick_dtype(dtype: str | torch.dtype = "auto") -> str | torch.dtype:
+    """A dtype by name; `auto` is the one that was saved.
+
+    Raises:
+        ValueError: another one than float32, bfloat16 and float16.
+    """
+    if dtype == "auto" or dtype in DTYPES.values():
+        return dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is unknown; use auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def load(
+    folder: str | Path, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto"
+) -> tuple[HybridForCausalLM, PreTrainedTokenizerBase]:
+    """The model and the tokenizer in a folder, ready for evaluation.
+
+    Args:
+        folder: what `save_pretrained` of both wrote, or the folder of a training run.
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, …
+        dtype: `auto` (as saved), `float32`, `bfloat16` or `float16`. Decays and the penalty's state stay float32.
+
+    Raises:
+        ValueError: something is missing, truncated, foreign or doesn't belong together; the message names it.
+    """
+    model = load_model(folder, device, dtype)
+    return model, load_tokenizer(folder, model.config.vocab_size)
+
+
+def load_model(
+    folder: str | Path, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto"
+) -> HybridForCausalLM:
+    """The model of `load`; weights are read from safetensors only, never from pickle."""
+    folder = Path(folder).expanduser()
+    target, dtype = pick_device(device), pick_dtype(dtype)
+    config = _read_config(folder)
+    _check_weights(folder)
+    try:
+        model, report = HybridForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # they are reported, and refused below
+            output_loading_info=True,
+        )
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise ValueError(f"the weights in {folder} can't be read ({error}); copy the folder again") from error
+    for kind, words in (
+        ("missing_keys", "tensors of the model are missing"),
+        ("mismatched_keys", "tensors have another shape"),
+        ("unexpected_keys", "tensors don't exist in the model"),
+    ):
+        if found := sorted(report.get(kind) or (), key=str):
+            names = ", ".join(_tensor_name(each) for each in found[:3]) + (", …" if len(found) > 3 else "")
+            raise ValueError(
+                f"the weights in {folder} don't fit its config.json: {len(found)} {words} ({names}); use the "
+                "config.json that was saved with them"
+            )
+    return model.to(target).eval()
+
+
+def load_tokenizer(folder: str | Path, vocab_size: int) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder.
+
+    Raises:
+        ValueError: there is none, it can't be read, or it has more entries than the model's vocabulary.
+    """
+    folder = Path(folder).expanduser()
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        raise ValueError(f"{folder} holds no tokenizer; save the one of the training there with save_pretrained")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the library raises many kinds, some of them bare Exceptions
+        raise ValueError(f"the tokenizer in {folder} can't be read ({error}); save it anew") from error
+    if len(tokenizer) > vocab_size:
+        raise ValueError(
+            f"the tokenizer in {folder} has {len(tokenizer)} entries, the model's vocab_size is {vocab_size}; use "
+            "the tokenizer that the model was trained with"
+        )
+    return tokenizer
+
+
+def fingerprint(model: HybridForCausalLM) -> str:
+    """A name for what a model computes: 64 hexadecimal digits, the same after saving and loading.
+
+    It is the SHA-256 of the configuration (JSON, without `NEUTRAL` fields) and of each parameter's name, shape, dtype
+    and up to 256 evenly spaced values. So it is quick for any size, and tells models apart unless they differ
+    in single values only.
+    """
+    config = {name: value for name, value in model.config.to_dict().items() if name not in NEUTRAL}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().flatten()
+        some = flat[:: max(1, len(flat) // 256)][:256].cpu().contiguous()
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(some.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _read_config(folder: Path) -> HybridConfig:
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder; give the folder of a trained model")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json; give a folder that save_pretrained or a training wrote")
+    return load_config(folder)
+
+
+def _check_weights(folder: Path) -> None:
+    """Every file of weights is there and whole, as far as its header tells."""
+    files = [folder / WEIGHTS]
+    if (folder / INDEX).is_file():
+        try:
+            names = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"{folder / INDEX} can't be read ({error}); copy the folder again") from error
+        files = [folder / name for name in sorted(set(names))]
+    for file in files:
+        if not file.is_file():
+            pickled = [f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".ckpt")]
+            note = f" ({', '.join(sorted(pickled)[:3])} is never read: opening it could run code)" if pickled else ""
+            raise ValueError(f"{file} is missing{note}; save the model with save_pretrained as safetensors")
+        try:
+            with safe_open(file, framework="pt") as opened:
+                opened.keys()
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} is truncated or no safetensors file ({error}); copy it again") from error
+
+
+def _tensor_name(key: object) -> str:
+    """A tensor as transformers reports it: a name, or a name with two shapes."""
+    return key if isinstance(key, str) else f"{key[0]}: {tuple(key[1])} saved, {tuple(key[2])} here"

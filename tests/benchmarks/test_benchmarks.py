@@ -1,0 +1,254 @@
+"""The benchmarks at sizes of seconds: they run, check before they time, and keep what they measured."""
+
+import argparse
+import json
+import time
+
+import pytest
+import torch
+
+from benchmarks import attention, coldstart, decode, harness, prefill, serving, train
+from eval.results import METRICS, read_json
+from tests.tiny_models import make_ids, make_model
+
+
+def run(module, tmp_path, *options, quick=True):
+    """Exit status and result file of a benchmark."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--debug", action="store_true")
+    module.add_arguments(parser)
+    out = tmp_path / "result.json"
+    common = ["--device", "cpu", "--seconds", "0.01", "--out", str(out), *(["--quick"] if quick else [])]
+    status = module.run_from_arguments(parser.parse_args([*common, *options]))
+    return status, read_json(out)
+
+
+def options(**values):
+    """Parsed options of a benchmark, all at their defaults but these."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--debug", action="store_true")
+    harness.add_common_arguments(parser)
+    args = parser.parse_args([])
+    for name, value in {"device": "cpu", **values}.items():
+        setattr(args, name, value)
+    return args
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "case", "metrics"),
+    [
+        (attention, ["--systems", "lalte,sdpa", "--cases", "fwdbwd B2 T96"], "fwdbwd B2 T96", {"ms"}),
+        (attention, ["--systems", "lalte,flex", "--cases", "prefill"], "prefill B1 T128", {"ms"}),
+        (attention, ["--cases", "scorer"], "scorer fwdbwd B2 T96", {"ms"}),
+        (attention, ["--cases", "rule"], "rule B1 T128", {"ms"}),
+        (train, ["--systems", "lalte,gdn", "--phase", "sparse"], "train tiny B2 T96", {"ms", "tokens_per_s"}),
+        (train, ["--systems", "lalte", "--phase", "keep-all"], "train tiny B2 T96 all kept", {"ms", "tokens_per_s"}),
+        (
+            train,
+            ["--systems", "lalte", "--phase", "sparse", "--packed", "--precision", "amp"],
+            "train tiny B2 T96 amp packed",
+            {"ms", "tokens_per_s"},
+        ),
+        (
+            decode,
+            ["--systems", "lalte,transformer", "--cases", "B3 T300"],
+            "decode tiny B3 T300",
+            {"ms", "tokens_per_s", "bytes"},
+        ),
+        (prefill, ["--systems", "lalte,gdn-full"], "prefill tiny B1 T333", {"ms", "tokens_per_s"}),
+    ],
+)
+def test_every_benchmark_runs(module, arguments, case, metrics, tmp_path, capsys):
+    status, found = run(module, tmp_path, *arguments)
+    assert status == 0
+    assert {"name", "device", "versions", "commit", "date", "config", "rows"} <= found.keys()
+    assert not found["unavailable"]
+    rows = [r for r in found["rows"] if r["case"] == case]
+    assert {r["metric"] for r in rows if r["system"] == "lalte"} == metrics
+    assert metrics <= set(METRICS)
+    for row in found["rows"]:
+        assert row.keys() == {"case", "system", "metric", "median", "low", "high", "n"}
+        assert 0 < row["low"] <= row["median"] <= row["high"]
+    shown = capsys.readouterr().out
+    assert case in shown
+    assert "1.00 x ours" in shown
+
+
+def test_coldstart(tmp_path, monkeypatch):
+    """The child's work, without a process of its own."""
+    jobs = []
+
+    def start(job, caches):
+        assert not list(caches.iterdir())
+        jobs.append(job)
+        return coldstart.first_step({**job, "began": time.time()})
+
+    monkeypatch.setattr(coldstart, "start", start)
+    status, found = run(coldstart, tmp_path, "--systems", "lalte")
+    assert status == 0
+    assert len(jobs) == 2
+    rows = {r["case"]: r for r in found["rows"]}
+    assert rows.keys() == {"coldstart train tiny", "warmstart train tiny"}
+    assert all(r["metric"] == "s" and r["median"] > 0 for r in rows.values())
+    seconds = found["notes"]["coldstart train tiny"]["lalte"]["cold seconds"]
+    assert list(seconds.values()) == sorted(seconds.values())
+
+
+def test_a_failing_child_is_told(tmp_path):
+    job = {"system": "nothing", "size": "tiny", "batch": 1, "length": 8, "device": "cpu", "write": None}
+    with pytest.raises(RuntimeError, match=r"status 1: .*nothing-tiny\.json is no file"):
+        coldstart.start(job, tmp_path)
+
+
+def test_wrong_results_are_never_timed(tmp_path, monkeypatch):
+    ours = attention.interval_attention
+
+    def wrong(q, k, v, end, *, backend="auto", **kwargs):
+        return ours(q, k, v, end, backend=backend, **kwargs) * (1.01 if backend == "auto" else 1)
+
+    monkeypatch.setattr(attention, "interval_attention", wrong)
+    status, found = run(attention, tmp_path, "--systems", "lalte", "--cases", "prefill")
+    assert status == 1
+    assert found["rows"] == []
+    assert "off by" in found["unavailable"][0]["reason"]
+
+
+@pytest.mark.parametrize("check", [train.check, serving.check])
+def test_the_checks_of_models_can_fail(check, monkeypatch):
+    from models.gated_deltanet import GatedDeltaNet
+
+    check("gdn", torch.device("cpu"))
+    forward, calls = GatedDeltaNet.forward, []
+
+    def drift(self, *args):
+        calls.append(1)
+        out = forward(self, *args)
+        out.hidden.mul_(1 + 0.1 * len(calls))
+        return out
+
+    monkeypatch.setattr(GatedDeltaNet, "forward", drift)
+    with pytest.raises(harness.Disagreement), torch.no_grad():
+        check("gdn", torch.device("cpu"))
+
+
+def test_timing():
+    timing = harness.Timing.of([5.0, 1.0, 3.0, 2.0, 4.0])
+    assert (timing.median, timing.n) == (3.0, 5)
+    assert timing.low == pytest.approx(1.4)
+    assert timing.high == pytest.approx(4.6)
+    assert timing.per(6) == pytest.approx((2000.0, 6000 / 4.6, 6000 / 1.4))
+    calls = []
+    harness.measure(calls.append, torch.device("cpu"), seconds=0, warmup=2, least=3)
+    assert calls == [0, 1, 2, 0, 1, 2]
+
+
+def test_the_time_limit_names_what_is_left(tmp_path, capsys):
+    bench = harness.Bench("x", options(limit=0.0, out=str(tmp_path / "x.json")), {})
+    bench.run_case("one", {"lalte": lambda: pytest.fail("it ran")})
+    assert bench.finish() == 0
+    assert read_json(bench.path)["skipped"] == ["one lalte"]
+    assert "one lalte" in capsys.readouterr().out
+
+
+def test_results_are_written_case_by_case_and_continued(tmp_path):
+    out = tmp_path / "x.json"
+
+    def bench(**values):
+        return harness.Bench("x", options(out=str(out), **values), {"a": 1})
+
+    first = bench(commit="one")
+    first.run_case("case", {"lalte": lambda: first.add("case", "lalte", "ms", 1.0, 1.0, 1.0, 1)})
+    assert len(read_json(out)["rows"]) == 1
+    second = bench(commit="one")
+    second.run_case(
+        "case",
+        {
+            "lalte": lambda: pytest.fail("it was measured already"),
+            "peer": lambda: second.add("case", "peer", "ms", 2.0, 2.0, 2.0, 1),
+        },
+    )
+    assert [r["system"] for r in read_json(out)["rows"]] == ["lalte", "peer"]
+    with pytest.raises(ValueError, match=r"another commit \(one, now two\); use --overwrite"):
+        bench(commit="two")
+    with pytest.raises(ValueError, match="another config"):
+        harness.Bench("x", options(out=str(out), commit="one"), {"a": 2})
+    third = bench(commit="two", overwrite=True)
+    third.write()
+    found = json.loads(out.read_text())
+    assert (found["commit"], found["rows"]) == ("two", [])
+
+
+def test_what_fails_is_recorded_with_its_reason(tmp_path, capsys):
+    bench = harness.Bench("x", options(out=str(tmp_path / "x.json")), {})
+
+    def fails():
+        raise torch.OutOfMemoryError("no memory\nleft")
+
+    bench.run_case("case", {"lalte": lambda: bench.add("case", "lalte", "s", 4.0, 4.0, 4.0, 1), "peer": fails})
+    bench.run_case("other", {"lalte": lambda: None})
+    assert bench.finish() == 0
+    assert bench.unavailable == [{"case": "case", "system": "peer", "reason": "OutOfMemoryError: no memory left"}]
+    assert "not available: peer: OutOfMemoryError" in capsys.readouterr().out
+
+
+def test_the_table_compares_within_a_case_and_metric():
+    rows = [harness.row("a", s, "ms", x, x, x, 1) for s, x in (("peer", 3.0), ("lalte", 2.0))]
+    rows += [harness.row("b", "peer", "ms", 8.0, 8.0, 8.0, 1)]
+    lines = harness.table(rows, []).splitlines()
+    assert "1.50 x ours" in lines[1]
+    assert "1.00 x ours" in lines[2]
+    assert "x ours" not in lines[4]
+
+
+@pytest.mark.parametrize("tokens", [5, 19, 30, 150])
+def test_a_filled_cache_has_the_places_of_a_read_one(tokens):
+    """Sinks and ring hold the positions that reading so many tokens leaves there."""
+    model = make_model()
+    read, filled = model.new_cache(2), model.new_cache(2)
+    with torch.no_grad():
+        model(make_ids(2, tokens), past_key_values=read)
+    serving.fill(filled, tokens)
+    assert filled.columns == read.columns
+    for ours, theirs in zip(filled.states, read.states, strict=True):
+        if hasattr(ours, "kv"):
+            kv = ours.kv
+            first, ring = kv.sinks, kv.sinks + kv.budget
+            assert torch.equal(kv.positions[:, :, :first], theirs.kv.positions[:, :, :first])
+            assert torch.equal(kv.positions[:, :, ring:], theirs.kv.positions[:, :, ring:])
+            assert torch.equal(kv.seen, theirs.kv.seen)
+            held = kv.positions[:, :, first:ring]
+            count = min(kv.budget, max(0, tokens - kv.window - kv.sinks))
+            assert ((held >= 0).sum(-1) == count).all()
+            assert (held < tokens - kv.window).all()
+            assert all(len(set(p[p >= 0].tolist())) == count for p in held.flatten(0, 1))
+    with torch.no_grad():
+        logits = model(make_ids(2, 1), past_key_values=filled).logits
+    assert torch.isfinite(logits).all()
+
+
+def test_a_filled_growing_cache_goes_on():
+    model = make_model("gdn-full")
+    cache = model.new_cache(2)
+    serving.fill(cache, 300)
+    timing = decode.time_tokens(model, cache, 2, count=6, warmup=2)
+    assert timing.n == 6
+    assert cache.columns == 308
+    assert int(cache.states[1].kv.seen[0]) == 308
+
+
+def test_the_density_is_set_and_measured():
+    torch.manual_seed(0)
+    config = train.model_config("lalte", "tiny", num_hidden_layers=2, layer_types=["gated_deltanet", "attention"])
+    config.window, config.budget, config.max_position_embeddings = 24, 20, 224
+    model = harness.build_model(config, torch.device("cpu"), torch.float32).train()
+    ids = torch.randint(config.vocab_size, (2, 224))
+    assert train.set_density(model, ids) == pytest.approx(config.target_density, abs=0.02)
+
+
+@pytest.mark.parametrize("module", [attention, train, decode, prefill, coldstart])
+def test_help_teaches(module):
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    text = parser.format_help()
+    assert "lalte bench" in text
+    assert "--overwrite" in text

@@ -1,0 +1,192 @@
+"""The cache of a whole model: constant memory, copies, files, reordering, and what is refused."""
+
+import copy
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from models import HybridCache
+from tests.tiny_models import VARIANTS, assert_close, make_ids, make_model, make_variant, run_in_pieces
+
+CONSTANT = ["lalte", "gdn", "gdn-swa", "streaming", "lalte, rope_in_cache", "lalte, one scorer"]
+
+
+def addresses(cache):
+    return {name: x.data_ptr() for name, x in cache.tensors().items()}
+
+
+@pytest.mark.parametrize("variant", CONSTANT)
+@torch.no_grad()
+def test_memory_is_constant_and_in_place(variant):
+    model = make_variant(variant)
+    cache = model.new_cache(2)
+    places, size = addresses(cache), cache.nbytes
+    ids = make_ids(2, 150)
+    for sizes in ([1], [1] * 30, [70], [49]):
+        run_in_pieces(model, ids[:, : sum(sizes)], sizes, cache)
+        assert addresses(cache) == places
+        assert cache.nbytes == size
+    mask = torch.ones(2, 20, dtype=torch.int64)
+    mask[0, :13] = 0
+    model(ids[:, :20], mask, past_key_values=cache)
+    assert addresses(cache) == places
+    assert cache.nbytes == size == sum(x.nbytes for x in cache.tensors().values())
+
+
+@torch.no_grad()
+def test_generate_takes_the_same_memory_for_one_token_and_for_50_thousand():
+    """The prompt is read in chunks; the cache and the allocations of a chunk don't grow with it."""
+    changes = {"layer_types": ["gated_deltanet", "attention"], "prefill_chunk": 256, "window": 61, "budget": 40}
+    model = make_model("lalte", **changes)
+    sizes, texts = [], []
+    for length in (1, 50_000):
+        cache = model.new_cache()
+        places = addresses(cache)
+        out = model.generate(make_ids(1, length), past_key_values=cache, max_new_tokens=3, do_sample=False)
+        assert addresses(cache) == places
+        assert cache.columns == length + 2  # the last token isn't read yet
+        assert int(cache.states[1].kv.seen) == length + 2
+        sizes.append(cache.nbytes)
+        texts.append(out[0, length:])
+    assert sizes[0] == sizes[1]
+    assert len(texts[1]) == 3
+
+
+@torch.no_grad()
+def test_prefill_never_holds_a_tensor_of_the_prompt():
+    """No activation has more tokens than a chunk and the slots, unless all logits are asked for."""
+    model = make_model(prefill_chunk=16)
+    longest = 0
+
+    def watch(module, args, output):
+        nonlocal longest
+        for x in (*args, output):
+            if isinstance(x, torch.Tensor) and x.ndim >= 3:
+                longest = max(longest, x.shape[1])
+
+    for module in model.modules():
+        module.register_forward_hook(watch)
+    model(make_ids(1, 300), use_cache=True, logits_to_keep=1)
+    assert 16 <= longest < 30
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_file_copy_and_reset_restore_a_session(variant, tmp_path):
+    """Saved in the middle of a text longer than a growing cache's first memory, and continued elsewhere."""
+    model, ids = make_variant(variant), make_ids(2, 290)
+    cache = model.new_cache(2)
+    run_in_pieces(model, ids[:, :270], [130, 140], cache)
+    cache.save(tmp_path / "session", {"model": "m"})
+    twin = copy.deepcopy(cache)
+    expected = run_in_pieces(model, ids[:, 270:], [7, 1, 1, 11], cache)
+    restored = model.new_cache(2)
+    assert restored.load(tmp_path / "session", expect={"model": "m"}) == {"columns": "270", "model": "m"}
+    used = model.new_cache(2)
+    run_in_pieces(model, make_ids(2, 300, seed=5), [300], used)
+    used.load(tmp_path / "session")
+    for other in (restored, used, twin):
+        assert other.columns == 270
+        assert torch.equal(run_in_pieces(model, ids[:, 270:], [7, 1, 1, 11], other), expected)
+    cache.reset()
+    assert cache.columns == 0
+    fresh = run_in_pieces(model, ids[:, :40], [40], model.new_cache(2))
+    assert_close(run_in_pieces(model, ids[:, :40], [40], cache), fresh)
+
+
+@torch.no_grad()
+def test_copy_is_independent():
+    model, ids = make_model(), make_ids(1, 60)
+    cache = model.new_cache()
+    run_in_pieces(model, ids, [60], cache)
+    before = {name: x.clone() for name, x in cache.tensors().items()}
+    run_in_pieces(model, ids, [60], copy.deepcopy(cache))
+    for name, x in cache.tensors().items():
+        assert torch.equal(x, before[name]), name
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_reorder(variant):
+    """Row b continues as the former row index[b]."""
+    model, ids = make_variant(variant), make_ids(3, 80)
+    index = torch.tensor([2, 0, 2])
+    cache = model.new_cache(3)
+    run_in_pieces(model, ids[:, :50], [50], cache)
+    places = addresses(cache)
+    cache.reorder_cache(index)
+    assert addresses(cache) == places
+    tail = ids[:, 50:]
+    expected = model(torch.cat([ids[index, :50], tail], 1)).logits[:, 50:]
+    assert_close(run_in_pieces(model, tail, [1, 1, 1, 27], cache), expected)
+
+
+@torch.no_grad()
+def test_files_that_are_refused(tmp_path):
+    model = make_model()
+    cache, file = model.new_cache(), tmp_path / "session"
+    run_in_pieces(model, make_ids(1, 30), [30], cache)
+    cache.save(file, {"model": "mine"})
+    before = {name: x.clone() for name, x in cache.tensors().items()}
+    with pytest.raises(ValueError, match=r"belongs to another model \(model is 'mine', this model's is 'other'\)"):
+        cache.load(file, expect={"model": "other"})
+    with pytest.raises(ValueError, match=r"1.kv.k is \(1, 2, 22, 12\).* has \(1, 2, 24, 12\)"):
+        make_model(budget=5).new_cache().load(file)
+    with pytest.raises(ValueError, match=r"is \(1, .*, this model's cache has \(2, "):
+        model.new_cache(2).load(file)
+    with pytest.raises(ValueError, match=r"float32, this model's cache has .* torch.bfloat16"):
+        make_model().bfloat16().new_cache().load(file)
+    with pytest.raises(ValueError, match="holds other tensors"):
+        make_model("gdn").new_cache().load(file)
+    save_file({"x": torch.zeros(2)}, tmp_path / "foreign")
+    with pytest.raises(ValueError, match="holds other tensors"):
+        cache.load(tmp_path / "foreign")
+    (tmp_path / "cut").write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="cut is not a session file"):
+        cache.load(tmp_path / "cut")
+    with pytest.raises(ValueError, match="nowhere is not a session file"):
+        cache.load(tmp_path / "nowhere")
+    for name, x in cache.tensors().items():
+        assert torch.equal(x, before[name]), name
+
+
+@torch.no_grad()
+def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
+    model, file = make_model(), tmp_path / "session"
+    cache = model.new_cache()
+    cache.save(file)
+    whole = file.read_bytes()
+    run_in_pieces(model, make_ids(1, 9), [9], cache)
+
+    def full(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("models.cache.save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        cache.save(file)
+    assert file.read_bytes() == whole
+    assert [f.name for f in tmp_path.iterdir()] == ["session"]
+
+
+def test_growing_caches_say_so():
+    cache = make_model("transformer").new_cache(2)
+    assert [state.bytes_per_token for state in cache.states] == [2 * 2 * 12 * 4] * 3
+    assert all(state.bytes_per_token == 0 for state in make_model().new_cache().states)
+    size = cache.nbytes
+    run_in_pieces(make_model("transformer"), make_ids(2, 300), [300], cache)
+    assert cache.nbytes > size
+
+
+def test_interface_of_transformers():
+    cache = make_model().new_cache(2)
+    assert isinstance(cache, HybridCache)
+    assert cache.get_seq_length() == 0
+    assert cache.get_max_cache_shape() == -1
+    assert cache.batch_size == 2
+    assert len(cache) == 4
+    assert not cache.is_compileable
+    assert "4 layers, batch 2, 0 columns" in repr(cache)
+    with pytest.raises(ValueError, match="can't be cropped"):
+        cache.crop(3)

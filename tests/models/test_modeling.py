@@ -1,0 +1,424 @@
+"""The invariants of whole models: one function in three ways, independent rows, independent documents; and training.
+
+Shapes: B rows, T tokens, V vocabulary.
+"""
+
+import math
+
+import pytest
+import torch
+
+from lte.layout import Layout
+from models import HybridForCausalLM
+from models.modeling import IGNORE, RetainedAttention
+from tests.tiny_models import (
+    VARIANTS,
+    assert_close,
+    make_config,
+    make_ids,
+    make_model,
+    make_variant,
+    random_split,
+    run_in_pieces,
+)
+
+DOCUMENTS = (1, 2, 7, 300)
+LENGTH = 200
+
+
+def left_padded(texts, width=None):
+    """ids [B, T] with random tokens for padding, and the mask."""
+    width = width or max(t.shape[1] for t in texts)
+    ids = make_ids(len(texts), width, seed=99)
+    mask = torch.zeros(len(texts), width, dtype=torch.int64)
+    for row, text in enumerate(texts):
+        ids[row, width - text.shape[1] :] = text[0]
+        mask[row, width - text.shape[1] :] = 1
+    return ids, mask
+
+
+def packed(texts):
+    lengths = torch.tensor([0, *(t.shape[1] for t in texts)])
+    return torch.cat(texts, 1), lengths.cumsum(0).to(torch.int32)
+
+
+# ---- one function, three ways ----
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_parallel_is_chunked_is_token_by_token(variant):
+    model, ids = make_variant(variant), make_ids(2, LENGTH)
+    expected = model(ids).logits
+    for seed in range(2):
+        assert_close(run_in_pieces(model, ids, random_split(LENGTH, seed)), expected)
+    assert_close(run_in_pieces(model, ids, [1] * LENGTH), expected)
+    assert_close(model(ids, use_cache=True).logits, expected)  # chunks of config.prefill_chunk
+
+
+@torch.no_grad()
+def test_budget_overflows_and_matters():
+    """The sizes above test something: budgets overflow, and another budget gives other logits."""
+    model, ids = make_model(), make_ids(2, LENGTH)
+    cache = model.new_cache(2)
+    run_in_pieces(model, ids, [50] * 4, cache)
+    kv = cache.states[1].kv
+    assert (kv.positions[:, :, 2:5] >= 2).all()
+    mixer, hidden = model.model.layers[1].mixer, torch.randn(1, 50, 36)
+    shape = (1, 50, 2, 12)
+    logits = mixer.scorer(
+        torch.cat([mixer.k_proj(hidden).view(shape), mixer.v_proj(hidden).view(shape)], -1), Layout()
+    )
+    assert 0.2 < (logits > 0).float().mean() < 0.8
+    other = make_model(budget=50)
+    other.load_state_dict(model.state_dict())
+    assert (other(ids).logits - model(ids).logits).abs().max() > 0.01
+
+
+@torch.no_grad()
+def test_ties_among_logits():
+    """With equal logits the earliest tokens stay, in every way of running."""
+    model, ids = make_model(), make_ids(2, 120)
+    for layer in (1, 3):
+        scorer = model.model.layers[layer].mixer.scorer
+        scorer.out_weight.zero_()
+        scorer.out_bias.fill_(0.25)
+    expected = model(ids).logits
+    cache = model.new_cache(2)
+    assert_close(run_in_pieces(model, ids, random_split(120, 3), cache), expected)
+    assert cache.states[1].kv.positions[:, :, 2:5].sort().values.tolist() == [[[2, 3, 4]] * 2] * 2
+    assert_close(run_in_pieces(model, ids, [1] * 120), expected)
+
+
+@pytest.mark.parametrize("prompt", [1, 2, 5, 16, 170])
+@pytest.mark.parametrize("variant", ["lalte", "gdn-full", "lalte, rope_in_cache"])
+@torch.no_grad()
+def test_short_and_long_prompts(variant, prompt):
+    """Shorter than sinks and lookahead, one short of the window, and longer than all slots; then token by token."""
+    model, ids = make_variant(variant), make_ids(1, prompt + 23)
+    assert_close(run_in_pieces(model, ids, [prompt] + [1] * 23), model(ids).logits)
+
+
+@torch.no_grad()
+def test_embeddings_in_place_of_ids():
+    model, ids = make_model(), make_ids(2, 45)
+    embedded = model.get_input_embeddings()(ids)
+    assert torch.equal(model(inputs_embeds=embedded).logits, model(ids).logits)
+    assert_close(model(inputs_embeds=embedded, use_cache=True).logits, model(ids).logits)
+
+
+@torch.no_grad()
+def test_bfloat16_ways_agree():
+    model, ids = make_model().bfloat16(), make_ids(1, 60)
+    assert_close(run_in_pieces(model, ids, [20, 1, 39]), model(ids).logits, 5e-2)
+
+
+# ---- rows ----
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_rows_do_not_depend_on_padding(variant):
+    """Left-padded rows of mixed lengths, then a second turn of mixed lengths, against each text alone."""
+    model = make_variant(variant)
+    first = [make_ids(1, n, seed=n) for n in (1, 5, 37, 90)]
+    second = [make_ids(1, n, seed=100 + n) for n in (30, 44, 1, 3)]
+    texts = [torch.cat(pair, 1) for pair in zip(first, second, strict=True)]
+    alone = [model(text).logits[0] for text in texts]
+    ids, mask = left_padded(first)
+    cache = model.new_cache(4)
+    cached, parallel = model(ids, mask, past_key_values=cache).logits, model(ids, mask).logits
+    ids2, mask2 = left_padded(second)
+    turn = model(ids2, torch.cat([mask, mask2], 1), past_key_values=cache).logits
+    for row, (a, b) in enumerate(zip(first, second, strict=True)):
+        length, more = a.shape[1], b.shape[1]
+        assert_close(parallel[row, -length:], alone[row][:length])
+        assert_close(cached[row, -length:], alone[row][:length])
+        assert_close(turn[row, -more:], alone[row][length:])
+
+
+@pytest.mark.parametrize("variant", ["lalte", "gdn", "transformer"])
+@torch.no_grad()
+def test_batch_of_one_with_padding(variant):
+    model, text = make_variant(variant), make_ids(1, 41)
+    ids, mask = left_padded([text], 60)
+    expected = model(text).logits
+    assert_close(model(ids, mask).logits[:, -41:], expected)
+    assert_close(model(ids, mask, use_cache=True).logits[:, -41:], expected)
+
+
+@torch.no_grad()
+def test_decoding_after_padding():
+    model = make_model()
+    texts = [make_ids(1, n, seed=n) for n in (3, 50)]
+    ids, mask = left_padded(texts)
+    cache = model.new_cache(2)
+    model(ids, mask, past_key_values=cache)
+    tail = make_ids(2, 30, seed=7)
+    actual = run_in_pieces(model, tail, [1] * 30, cache)
+    for row, text in enumerate(texts):
+        full = torch.cat([text, tail[row : row + 1]], 1)
+        assert_close(actual[row], model(full).logits[0, text.shape[1] :])
+
+
+@torch.no_grad()
+def test_logits_to_keep():
+    model, ids = make_model(), make_ids(2, 80)
+    expected = model(ids).logits
+    for keep in (1, 3, 40, 80):
+        assert_close(model(ids, logits_to_keep=keep).logits, expected[:, -keep:])
+        assert_close(model(ids, use_cache=True, logits_to_keep=keep).logits, expected[:, -keep:])
+
+
+@torch.no_grad()
+def test_hidden_states():
+    model = make_model()
+    ids, mask = left_padded([make_ids(1, 50), make_ids(1, 9)])
+    parallel = model(ids, mask, output_hidden_states=True).hidden_states
+    cached = model(ids, mask, output_hidden_states=True, use_cache=True).hidden_states
+    assert len(parallel) == len(cached) == model.config.num_hidden_layers + 1
+    for a, b in zip(parallel, cached, strict=True):
+        assert_close(b[0], a[0])
+        assert_close(b[1, -9:], a[1, -9:])
+
+
+# ---- documents ----
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_packed_documents_are_independent(variant):
+    model = make_variant(variant)
+    texts = [make_ids(1, n, seed=n) for n in DOCUMENTS]
+    row, cu_seqlens = packed(texts)
+    actual = model(row, cu_seqlens=cu_seqlens).logits[0].split(DOCUMENTS)
+    for text, logits in zip(texts, actual, strict=True):
+        assert_close(logits, model(text).logits[0])
+
+
+@pytest.mark.parametrize("variant", ["lalte", "gdn", "lalte, one scorer"])
+def test_loss_and_gradients_of_packed_documents(variant):
+    """The packed loss is the mean over all predicted tokens of the documents alone, and so are its gradients."""
+    model = make_variant(variant)
+    texts = [make_ids(1, n, seed=n) for n in (1, 2, 7, 60)]
+    row, cu_seqlens = packed(texts)
+    output = model(row, labels=row, cu_seqlens=cu_seqlens)
+    output.loss.backward()
+    actual = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    items = sum(t.shape[1] - 1 for t in texts)
+    loss = sum(model(t, labels=t, num_items_in_batch=items).loss for t in texts[1:])
+    loss.backward()
+    assert_close(output.loss[None], loss[None])
+    for grad, parameter in zip(actual, model.parameters(), strict=True):
+        assert_close(grad, parameter.grad, 1e-4)
+
+
+def test_loss_ignores_padding_and_labels():
+    model = make_model()
+    texts = [make_ids(1, n, seed=n) for n in (5, 33)]
+    ids, mask = left_padded(texts)
+    labels = ids.clone()
+    labels[1, 10:20] = IGNORE
+    expected = 0.0
+    for row, text in enumerate(texts):
+        logits = model(text).logits[0, :-1]
+        targets = labels[row, -text.shape[1] + 1 :]
+        expected += torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+    assert_close(model(ids, mask, labels=labels).loss[None], (expected / (4 + 32 - 10))[None])
+
+
+# ---- arguments ----
+
+
+def test_arguments_that_do_not_fit():
+    model, ids = make_model(), make_ids(2, 9)
+    one = make_ids(1, 9)
+    bounds = torch.tensor([0, 4, 9], dtype=torch.int32)
+    with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+        model()
+    with pytest.raises(ValueError, match=r"\(2, 0\) holds no tokens"):
+        model(ids[:, :0])
+    with pytest.raises(ValueError, match=r"past_key_values has 3 rows, the input 2"):
+        model(ids, past_key_values=model.new_cache(3))
+    with pytest.raises(ValueError, match=r"attention_mask \(2, 8\) must be \[2, 9\]"):
+        model(ids, attention_mask=torch.ones(2, 8))
+    with pytest.raises(ValueError, match="without past_key_values"):
+        model(one, cu_seqlens=bounds, use_cache=True)
+    with pytest.raises(ValueError, match="have no padding"):
+        model(one, cu_seqlens=bounds, attention_mask=torch.tensor([[0] + [1] * 8]))
+    with pytest.raises(ValueError, match=r"rise from 0 to the row's length 9, got 0 … 8"):
+        model(one, cu_seqlens=torch.tensor([0, 8]))
+    with pytest.raises(ValueError, match="batch has 2 rows"):
+        model(ids, cu_seqlens=bounds)
+
+
+# ---- training ----
+
+
+def trainable(**changes):
+    return make_model("lalte", initializer_range=0.05, **changes).train()
+
+
+def test_loss_falls_and_the_penalty_is_steered():
+    """A plain loop, on texts of a short period."""
+    model = trainable(penalty_interval=4, penalty_min=1e-3)
+    optimizer = torch.optim.AdamW(model.parameter_groups(weight_decay=0.1, lr=5e-3))
+    ids = make_ids(2, 10).repeat(1, 6)
+    losses = []
+    for _ in range(12):
+        output = model(ids, labels=ids)
+        assert torch.isfinite(output.loss)
+        assert_close(output.loss[None], (output.lm_loss + output.retention_penalty)[None])
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+        model.update_retention_penalty()
+        losses.append(output.lm_loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    control = model.penalty_control
+    assert int(control.steps) == 12
+    assert (control.density >= 0).all()
+    raised = control.density > model.config.target_density
+    assert raised.any(), "the target density 3 / 183 is tiny, so something lies above it"
+    assert (control.penalty_weight[raised] > 0).any()
+    report = model.retention_report()
+    assert math.isclose(report["kept_density"], float(control.density.mean()), rel_tol=1e-6)
+    assert report["lambda_max"] == float(control.penalty_weight.max())
+
+
+def test_every_parameter_is_trained():
+    model = trainable()
+    ids = make_ids(2, 60)
+    model(ids, labels=ids).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() > 0, name
+
+
+def test_penalty_is_the_weighted_mean_excess():
+    model = trainable()
+    model.penalty_control.penalty_weight.copy_(torch.tensor([[0.5, 0.0], [0.25, 2.0]]))
+    seen = []
+    for layer in (1, 3):
+        model.model.layers[layer].mixer.scorer.register_forward_hook(lambda _, __, out: seen.append(out))
+    ids = make_ids(2, 40)
+    output = model(ids, labels=ids)
+    excess_LH = torch.stack([(x.sigmoid() - 0.5).clamp(min=0).mean((0, 1)) for x in seen])
+    expected = (model.penalty_control.penalty_weight * excess_LH).sum()
+    assert_close(output.retention_penalty[None], expected[None])
+    model.eval()
+    assert model(ids, labels=ids).loss == model(ids, labels=ids).lm_loss
+
+
+@pytest.mark.parametrize("variant", ["lalte", "lalte, one scorer", "gdn", "lalte, rope_in_cache"])
+def test_gradient_checkpointing_changes_nothing(variant):
+    family, changes = VARIANTS[variant]
+    ids = make_ids(2, 50)
+    grads, counts = [], []
+    for checkpointing in (False, True):
+        model = make_model(family, scorer_dropout=0.1, **changes).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(5)
+        model(ids, labels=ids).loss.backward()
+        grads.append([p.grad for p in model.parameters()])
+        if model.penalty_control is not None:
+            counts.append(model.penalty_control.counts.clone())
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert all(torch.equal(counts[0], other) for other in counts)
+
+
+def test_keep_all_steps():
+    """For the first steps nothing is dropped and the scorer rests; then the rule holds."""
+    model = trainable(keep_all_steps=2)
+    full = make_model("gdn-full")
+    shared = {name: x for name, x in model.state_dict().items() if "scorer" not in name and "penalty" not in name}
+    full.load_state_dict(shared)
+    ids = make_ids(2, 60)
+    for step in range(3):
+        output = model(ids, labels=ids)
+        model.zero_grad()
+        output.loss.backward()
+        scorer = model.model.layers[1].mixer.scorer.out_bias
+        if step < 2:
+            assert_close(output.logits, full(ids).logits)
+            assert scorer.grad is None
+            assert output.retention_penalty is None
+        else:
+            assert (output.logits - full(ids).logits).abs().max() > 1e-4
+            assert scorer.grad.abs().max() > 0
+        model.update_retention_penalty()
+    assert_close(model.eval()(ids).logits, run_in_pieces(model, ids, [60]))
+
+
+@torch.no_grad()
+def test_training_has_no_budget_and_evaluation_has():
+    model, ids = make_model(), make_ids(1, 120)
+    unlimited = make_model(budget=120)
+    trained, evaluated = model.train()(ids).logits, model.eval()(ids).logits
+    assert_close(trained, unlimited.train()(ids).logits)
+    assert_close(trained, unlimited.eval()(ids).logits)
+    assert (trained - evaluated).abs().max() > 0.01
+
+
+@torch.no_grad()
+def test_set_retention_budget():
+    model, ids = make_model(), make_ids(2, 100)
+    own = model(ids).logits
+    zero = make_model(budget=0)
+    zero.load_state_dict(model.state_dict())
+    model.set_retention_budget(0)
+    assert_close(model(ids).logits, zero(ids).logits)
+    assert_close(run_in_pieces(model, ids, random_split(100, 5)), zero(ids).logits)
+    assert model.new_cache().nbytes == zero.new_cache().nbytes
+    streaming = make_model("lalte", budget=0, retention="none")
+    streaming.load_state_dict(
+        {k: v for k, v in model.state_dict().items() if "scorer" not in k and "penalty" not in k}
+    )
+    assert_close(model(ids).logits, streaming(ids).logits)
+    model.set_retention_budget(None)
+    assert torch.equal(model(ids).logits, own)
+    with pytest.raises(ValueError, match="budget=-1 must be 0 or more"):
+        model.set_retention_budget(-1)
+    with pytest.raises(ValueError, match="no retention scorer"):
+        make_model("gdn-swa").set_retention_budget(4)
+
+
+def test_parameter_groups():
+    model = make_model(scorer_lr_scale=0.1)
+    groups = model.parameter_groups(weight_decay=0.2, lr=1e-3)
+    assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
+    where = {id(p): g for g in groups for p in g["params"]}
+    named = dict(model.named_parameters())
+    expected = {
+        "model.embed_tokens.weight": (0.2, 1e-3),
+        "model.layers.0.mixer.q_proj.weight": (0.2, 1e-3),
+        "model.layers.0.mixer.A_log": (0.0, 1e-3),
+        "model.layers.0.mixer.dt_bias": (0.0, 1e-3),
+        "model.layers.0.mixer.o_norm.weight": (0.0, 1e-3),
+        "model.layers.1.mixer_norm.weight": (0.0, 1e-3),
+        "model.layers.1.mixer.scorer.weights.0": (0.2, 1e-4),
+        "model.layers.1.mixer.scorer.biases.0": (0.0, 1e-4),
+        "model.layers.1.mixer.scorer.out_bias": (0.0, 1e-4),
+    }
+    for name, (decay, lr) in expected.items():
+        group = where[id(named[name])]
+        assert (group["weight_decay"], group["lr"]) == (decay, pytest.approx(lr)), name
+
+
+def test_initialisation():
+    """Scorers start by keeping everything; decays and time steps lie in their ranges; outputs shrink with depth."""
+    torch.manual_seed(3)
+    model = HybridForCausalLM(make_config(hidden_size=96, initializer_range=0.02, head_dim=32, gdn_head_dim=32))
+    gdn, attention = model.model.layers[0].mixer, model.model.layers[1].mixer
+    assert isinstance(attention, RetainedAttention)
+    assert (attention.scorer.out_bias == 0.5).all()
+    assert 0.9 < attention.scorer.weights[0].std() * math.sqrt(3 * 64 / 2) < 1.1
+    assert ((gdn.A_log.exp() >= 0) & (gdn.A_log.exp() <= 16)).all()
+    step = torch.nn.functional.softplus(gdn.dt_bias)
+    assert ((step >= 1e-3 * 0.99) & (step <= 0.1 * 1.01)).all()
+    assert 0.9 < attention.q_proj.weight.std() / 0.02 < 1.1
+    for linear in (attention.o_proj, gdn.o_proj, model.model.layers[2].mlp.down_proj):
+        assert 0.9 < linear.weight.std() / (0.02 / math.sqrt(8)) < 1.1
