@@ -17,6 +17,7 @@ from lte.layout import Layout, check_cu_seqlens
 from lte.visibility import lifetimes
 
 BACKENDS = ("auto", "reference", "flex", "triton")
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def retained_attention(
@@ -105,9 +106,14 @@ def interval_attention(
         backend = "triton" if q.is_cuda else "reference"
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if backend == "triton":
+        keys = k.shape[1]
+        if q.shape[1] == 1 and _is_inference(q, k, v):
+            from lte.kernels.decode_attention import decode_attention
+
+            out = decode_attention(q[:, 0], *(x.transpose(1, 2) for x in (k, v, end)), above=keys - 1, scale=scale)
+            return out[:, None]
         from lte.kernels.attention import interval_attention as triton_attention
 
-        keys = k.shape[1]
         return triton_attention(q, k, v, end, window=keys if window is None else min(window, keys), scale=scale)
     if backend == "flex":
         return _flex(q, k, v, end, scale)
@@ -118,6 +124,13 @@ def interval_attention(
         _reference(q[:, a:b], k[:, a:b], v[:, a:b], end[:, a:b] - a, scale) for a, b in pairwise(bounds) if b > a
     ]
     return torch.cat(pieces, 1)
+
+
+def _is_inference(*tensors: Tensor) -> bool:
+    """Whether the kernel for one query, which has no backward pass, may take these."""
+    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    one_dtype = all(x.dtype == tensors[0].dtype for x in tensors)
+    return not differentiable and one_dtype and tensors[0].dtype in KERNEL_DTYPES and tensors[0].shape[-1] <= 256
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -150,24 +163,25 @@ def visible_pairs(end: Tensor, queries: int) -> Tensor:
 
 def _reference(q: Tensor, k: Tensor, v: Tensor, end: Tensor, scale: float) -> Tensor:
     """Masked attention in float32 (float64 stays), through torch's own scaled_dot_product_attention."""
-    batch, queries, query_heads, dim = q.shape
-    heads = k.shape[2]
+    batch, queries, query_heads, _ = q.shape
+    keys, heads = k.shape[1:3]
     group = query_heads // heads
     dtype = torch.promote_types(q.dtype, torch.float32)
-    mask_BHQK = visible_pairs(end, queries)
-    empty_BHQ = ~mask_BHQK.any(-1)
-    mask_BHQK = mask_BHQK | empty_BHQ[..., None]  # a row without keys would be NaN; it is zeroed below
-    q_BHGQD = q.to(dtype).view(batch, queries, heads, group, dim).permute(0, 2, 3, 1, 4)
-    out = F.scaled_dot_product_attention(
-        q_BHGQD.reshape(batch, heads, group * queries, dim),
-        k.to(dtype).transpose(1, 2),
-        v.to(dtype).transpose(1, 2),
-        attn_mask=mask_BHQK.repeat(1, 1, group, 1),
-        scale=scale,
-    )
-    out_BHGQD = out.view(batch, heads, group, queries, dim)
-    out_BHGQD = out_BHGQD.masked_fill(empty_BHQ[:, :, None, :, None], 0.0)
-    return out_BHGQD.permute(0, 3, 1, 2, 4).reshape(batch, queries, query_heads, dim).to(q.dtype)
+    # finite, so that a row without keys is no NaN; it is zeroed below
+    bias_BHQK = torch.where(visible_pairs(end, queries), 0.0, torch.finfo(dtype).min / 2).to(dtype)
+
+    def per_group(x_BTHD: Tensor) -> Tensor:
+        """[B * H, G, T, D]: the heads of a group share a mask, and KV heads are not copied."""
+        x = x_BTHD.to(dtype).unflatten(2, (heads, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1)
+        return x.expand(-1, group, -1, -1)
+
+    bias = bias_BHQK.flatten(0, 1)[:, None]
+    out = F.scaled_dot_product_attention(per_group(q), per_group(k), per_group(v), attn_mask=bias, scale=scale)
+    out_BQHGD = out.unflatten(0, (batch, heads)).permute(0, 3, 1, 2, 4)
+    # some key serves query i iff the latest end among keys up to i lies beyond i
+    i_Q = torch.arange(keys - queries, keys, device=end.device)
+    empty_BQH = end.cummax(1).values[:, keys - queries :] <= i_Q[:, None]
+    return out_BQHGD.masked_fill(empty_BQH[..., None, None], 0.0).flatten(2, 3).to(q.dtype)
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, end: Tensor, scale: float) -> Tensor:

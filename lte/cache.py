@@ -15,6 +15,8 @@ from torch import Tensor
 
 from lte.visibility import NEVER, check_rule, select
 
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
 
 @dataclass(frozen=True)
 class Span:
@@ -116,7 +118,13 @@ class RetainedCache:
             A span of S + T keys, or, for one token without `lengths`, of the S slots themselves.
         """
         if k.shape[1] == 1 and lengths is None:
-            self._step(k.transpose(1, 2), v.transpose(1, 2), logits)
+            if self.k.dtype in KERNEL_DTYPES and self.k.is_cuda:
+                from lte.kernels.cache_step import cache_step
+
+                cache_step(self, k[:, 0], v[:, 0], scores_BH=None if logits is None else logits[:, 0])
+                self.seen += 1
+            else:
+                self._step(k.transpose(1, 2), v.transpose(1, 2), logits)
             end_BSH = torch.where(self.positions >= 0, NEVER, 0).transpose(1, 2)
             return Span(self.k.transpose(1, 2), self.v.transpose(1, 2), end_BSH.int(), self.positions.transpose(1, 2))
         return self._chunk(k.transpose(1, 2), v.transpose(1, 2), logits, lengths)

@@ -147,10 +147,24 @@ class RetentionScorer(nn.Module):
         """Logits [B, T, H] (float32) of whole documents, from [k ; v] in x_BTHC; padding gets arbitrary numbers."""
         layout = layout or Layout()
         batch, length = x_BTHC.shape[:2]
-        x_HBTC = x_BTHC.permute(2, 0, 1, 3)
         document_BT = None
         if layout.is_packed or layout.lengths is not None:
             document_BT = layout.documents(batch, length, x_BTHC.device)
+        if _runs_kernels(x_BTHC):
+            from lte.kernels.scorer import score
+
+            return score(
+                x_BTHC,
+                list(self.weights),
+                list(self.biases),
+                self.out_weight,
+                self.out_bias,
+                dilations=self.dilations,
+                dropout=self.dropout if self.training else 0.0,
+                document_BT=document_BT,
+            )
+        x_HBTC = x_BTHC.permute(2, 0, 1, 3)
+        if document_BT is not None:
             x_HBTC = x_HBTC * (document_BT >= 0)[..., None]
         for layer in range(len(self.weights)):
             reach = (self.kernel_sizes[layer] - 1) // 2 * self.dilations[layer]
@@ -174,6 +188,17 @@ class RetentionScorer(nn.Module):
             w = weight[:, tap].expand(heads, -1, -1)
             out = out + torch.bmm(x.reshape(heads, batch * length, -1), w)
         return F.silu(out).view(heads, batch, length, -1)
+
+    def _convolve_joined(self, layer: int, joined_HBSC: Tensor, length: int) -> Tensor:
+        """SiLU of the convolution at the last `length` tokens, all of whose inputs are there."""
+        if not _runs_kernels(joined_HBSC):
+            return self._convolve(layer, joined_HBSC, length, None)
+        from lte.kernels.scorer import convolve
+
+        z_BHTO = convolve(
+            joined_HBSC.transpose(0, 1), self.weights[layer], self.biases[layer], self.dilations[layer], length
+        )
+        return F.silu(z_BHTO).transpose(0, 1)
 
     def _logits(self, x_HBTC: Tensor) -> Tensor:
         # the last product in float32: the sign and the order of logits decide what is kept
@@ -210,11 +235,16 @@ class RetentionScorer(nn.Module):
                 place_BP = lengths_B[:, None] + torch.arange(past, device=lengths_B.device)
                 tail = joined.gather(2, place_BP[None, :, :, None].expand(len(joined), -1, -1, joined.shape[-1]))
             past_BHPC.copy_(tail.transpose(0, 1))
-            x_HBTC = self._convolve(layer, joined, length, None)
+            x_HBTC = self._convolve_joined(layer, joined, length)
             # an output arrives `reach` tokens late; before position 0 there is the padding's zero
             position_BT = position_BT - past // 2
             x_HBTC = x_HBTC * (position_BT >= 0)[..., None]
         return self._logits(x_HBTC)
+
+
+def _runs_kernels(x: Tensor) -> bool:
+    """Whether the Triton kernels take this: they sum in float32, so float64 is left to PyTorch."""
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16, torch.float32) and x.numel() > 0
 
 
 def _same_document(document_BT: Tensor, shift: int) -> Tensor:

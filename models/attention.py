@@ -5,13 +5,14 @@ Shapes: B batch, T tokens, C hidden size, N query heads, H KV heads, D head dime
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from lte.attention import in_cache_attention, interval_attention, straight_through
 from lte.cache import GrowingCache, RetainedCache
+from lte.policies import POLICIES, Arrivals, Policy, observed_attention, observed_lifetimes
 from lte.scorer import RetentionScorer, ScorerState, channels_of
 from lte.sparsity import RetentionStats, retention_stats
 from lte.visibility import lifetimes
@@ -23,10 +24,16 @@ from models.rotary import rotary_frequencies
 
 @dataclass(frozen=True)
 class AttentionState:
-    """The cache of one attention layer: keys and values, and the scorer's streaming state if it has one."""
+    """The cache of one attention layer: keys and values, and what fills its retained slots.
+
+    Attributes:
+        scorer: streaming state of the retention scorer, under `lte`.
+        policy: what ranks tokens instead. A cache keeps the one it was made for.
+    """
 
     kv: RetainedCache | GrowingCache
     scorer: ScorerState | None
+    policy: Policy | None = None
 
     @property
     def nbytes(self) -> int:
@@ -69,6 +76,7 @@ class RetainedAttention(nn.Module):
 
     Attributes:
         budget: slots for retained tokens in evaluation and in caches allocated from now on.
+        retention: what fills them: `lte` (the scorer), `none`, or a policy of lte/policies.py.
     """
 
     def __init__(self, config: HybridConfig):
@@ -79,6 +87,7 @@ class RetainedAttention(nn.Module):
             config.head_dim,
         )
         self.window, self.sinks, self.budget = config.window, config.sinks, config.budget
+        self.retention = config.retention
         self.lookahead = config.lookahead if config.has_scorer else 0
         self.position_encoding, self.rope_theta = config.position_encoding, config.rope_theta
         self.backend = config.attention_backend
@@ -89,29 +98,35 @@ class RetainedAttention(nn.Module):
         self.scorer_sizes = tuple(config.scorer_kernel_sizes), tuple(config.scorer_dilations)
         self.scorer = build_scorer(config) if config.has_scorer and config.scorer_sharing != "layers" else None
 
+    @property
+    def policy(self) -> Policy | None:
+        """What ranks tokens in place of the scorer; None under `lte` and `none`."""
+        return POLICIES[self.retention]() if self.retention in POLICIES else None
+
     def allocate_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> AttentionState:
-        """An empty cache for `batch` rows, with the budget in force."""
+        """An empty cache for `batch` rows, with the budget and the policy in force."""
         if self.window is None:
             return AttentionState(GrowingCache(batch, self.kv_heads, self.head_dim, dtype=dtype, device=device), None)
+        learned = self.retention == "lte"
         kv = RetainedCache(
             batch,
             self.kv_heads,
             self.head_dim,
             window=self.window,
             sinks=self.sinks,
-            budget=self.budget,
-            lookahead=self.lookahead,
+            budget=self.budget if self.retention != "none" else 0,
+            lookahead=self.lookahead if learned else 0,
             dtype=dtype,
             device=device,
         )
         scorer = None
-        if self.lookahead and self.budget:
+        if learned and self.budget:
             sizes, dilations = self.scorer_sizes
             channels = channels_of(self.head_dim, len(sizes))
             scorer = ScorerState.allocate(
                 batch, self.kv_heads, channels, sizes, dilations, dtype=dtype, device=device
             )
-        return AttentionState(kv, scorer)
+        return AttentionState(kv, scorer, self.policy if self.budget else None)
 
     def forward(self, x_BTC: Tensor, context: Context, state: AttentionState | None = None) -> MixerOutput:
         """Mix the tokens of x_BTC [B, T, C]; with a state, after the cached ones, updating it in place."""
@@ -130,13 +145,19 @@ class RetainedAttention(nn.Module):
     def _parallel(
         self, q: Tensor, k: Tensor, v: Tensor, scorer: RetentionScorer | None, context: Context
     ) -> tuple[Tensor, RetentionStats | None]:
+        policy = self.policy if self.budget else None
+        if policy is not None and policy.observes:
+            return self._observed(policy, q, k, v, context), None
         logits = stats = None
         window, budget = self.window, self.budget
-        if scorer is not None and not context.keep_all:
+        if policy is not None:
+            positions_BT = context.positions(*k.shape[:2], k.device)
+            logits = policy.ranks(Arrivals(k, positions_BT, context.writes))
+        elif self.retention == "lte" and scorer is not None and not context.keep_all:
             logits = scorer(torch.cat([k, v], -1), context)
             if self.training:
                 budget = None
-                stats = retention_stats(logits, window=window, sinks=self.sinks, layout=context)
+            stats = retention_stats(logits, window=window, sinks=self.sinks, layout=context)
             v = straight_through(v, logits)
         if context.keep_all:
             window = None
@@ -165,21 +186,42 @@ class RetainedAttention(nn.Module):
         logits = None
         if state.scorer is not None:
             logits = scorer.stream(torch.cat([k, v], -1), state.scorer, kv.seen, context.lengths)
+        elif state.policy is not None and not state.policy.observes:
+            positions_BT = kv.seen[:, None] + torch.arange(k.shape[1], device=k.device)
+            logits = state.policy.ranks(Arrivals(k, positions_BT, context.writes))
         if context.rotary is not None:
             q, k = rotate(q, context.rotary), rotate(k, context.rotary)
+        if state.policy is not None and state.policy.observes:
+            return observed_attention(kv, state.policy, q, k, v, context.lengths, frequencies=self._frequencies(q))
         span = kv.append(k, v, logits, context.lengths)
         return self._attend(q, span.k, span.v, span.end, span.positions, self.window, context, rotated=True)
 
+    def _observed(self, policy: Policy, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        """Whole documents under a policy that is defined by decoding: decoded first for what each query reads."""
+        if context.rotary is not None:
+            q, k = rotate(q, context.rotary), rotate(k, context.rotary)
+        end_BTH = observed_lifetimes(
+            policy,
+            q,
+            k,
+            window=self.window,
+            sinks=self.sinks,
+            budget=self.budget,
+            layout=context,
+            frequencies=self._frequencies(q),
+        )
+        positions_BTH = torch.arange(k.shape[1], device=k.device)[None, :, None].expand(end_BTH.shape)
+        return self._attend(q, k, v, end_BTH, positions_BTH, self.window, replace(context, rotary=None))
+
+    def _frequencies(self, x: Tensor) -> Tensor | None:
+        """Radians per place where keys are rotated in the cache, float32."""
+        if self.position_encoding != "rope_in_cache":
+            return None
+        return rotary_frequencies(self.head_dim, self.rope_theta, x.device).float()
+
     def _attend(self, q, k, v, end, positions, window, context: Context, rotated: bool = False) -> Tensor:
         if self.position_encoding == "rope_in_cache":
-            return in_cache_attention(
-                q,
-                k,
-                v,
-                end,
-                positions=positions,
-                frequencies=rotary_frequencies(self.head_dim, self.rope_theta, q.device).float(),
-            )
+            return in_cache_attention(q, k, v, end, positions=positions, frequencies=self._frequencies(q))
         if context.rotary is not None and not rotated:
             q, k = rotate(q, context.rotary), rotate(k, context.rotary)
         return interval_attention(

@@ -15,11 +15,12 @@ from typing import Any, get_args, get_origin
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from lte.policies import POLICIES
 from lte.scorer import check_sizes, lookahead_of
 
 LAYER_TYPES = ("gated_deltanet", "attention", "nsa")
 POSITION_ENCODINGS = ("rope", "rope_in_cache", "none")
-RETENTIONS = ("none", "lte")
+RETENTIONS = ("none", "lte", *POLICIES)
 SCORER_SHARING = ("none", "heads", "layers")
 ATTENTION_BACKENDS = ("auto", "reference", "flex", "triton")
 
@@ -41,7 +42,8 @@ class HybridConfig(PreTrainedConfig):
         window: keys in the sliding window, the query's own included; null for full attention.
         sinks: first tokens of a document that stay visible.
         budget: slots per head for retained tokens, enforced in evaluation and generation.
-        retention: what fills the budget: `lte` (the trained scorer) or `none`.
+        retention: what fills the budget: `lte` (the trained scorer), `none`, or a policy that needs no training:
+            `recency`, `random`, `h2o`, `tova`, `key_norm`, `delta_error` (lte/policies.py).
         position_encoding: `rope` (text positions), `rope_in_cache` (places among the visible tokens,
             arXiv 2309.17453), `none`.
         rope_theta: base of the rotary embedding.
@@ -66,7 +68,7 @@ class HybridConfig(PreTrainedConfig):
     """
 
     model_type = "lalte"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ("past_key_values", "retention")
 
     vocab_size: int = 32000
     hidden_size: int = 1024
@@ -141,6 +143,21 @@ class HybridConfig(PreTrainedConfig):
     def has_scorer(self) -> bool:
         return self.retention == "lte" and "attention" in self.layer_types
 
+    def check_retention(self, retention: str) -> None:
+        """Raises ValueError if this retention can't fill the budget of the attention layers."""
+        if retention not in RETENTIONS:
+            raise ValueError(f"retention={retention!r} is unknown; use one of {', '.join(RETENTIONS)}")
+        if retention == "none" or "attention" not in self.layer_types:
+            return
+        if self.window is None:
+            raise ValueError("window=null keeps every token; use retention='none', or set a window")
+        before = self.layer_types[: self.layer_types.index("attention")]
+        if retention == "delta_error" and "gated_deltanet" not in before:
+            raise ValueError(
+                f"retention='delta_error' needs a gated_deltanet layer before the first attention layer, which comes "
+                f"after {before}; use another retention"
+            )
+
     @property
     def lookahead(self) -> int:
         """Tokens that the scorer reads ahead."""
@@ -162,7 +179,6 @@ class HybridConfig(PreTrainedConfig):
                 if getattr(self, name) < low:
                     raise ValueError(f"{name}={getattr(self, name)} must be at least {low}")
 
-        one_of("retention", RETENTIONS)
         one_of("position_encoding", POSITION_ENCODINGS)
         one_of("scorer_sharing", SCORER_SHARING)
         one_of("attention_backend", ATTENTION_BACKENDS)
@@ -201,20 +217,19 @@ class HybridConfig(PreTrainedConfig):
                 f"gdn_expand_v={self.gdn_expand_v} times gdn_head_dim={self.gdn_head_dim} must be a positive whole "
                 "number; change one of them"
             )
+        self.check_retention(self.retention)
         if self.has_scorer:
             check_sizes(self.head_dim, self.scorer_kernel_sizes, self.scorer_dilations)
-            if self.window is None:
-                raise ValueError("window=null keeps every token; use retention='none', or set a window")
             if self.window <= self.lookahead:
                 raise ValueError(
                     f"window={self.window} must be larger than the scorer's lookahead {self.lookahead}, or tokens "
                     "would leave the window before their score is known; enlarge the window or shrink "
                     "scorer_kernel_sizes or scorer_dilations"
                 )
-        elif self.budget and "attention" in self.layer_types:
+        elif self.budget and self.retention == "none" and "attention" in self.layer_types:
             raise ValueError(
                 f"budget={self.budget} has nothing to fill it with retention='none'; set budget to 0 or retention "
-                "to 'lte'"
+                "to 'lte' or a policy"
             )
 
 

@@ -50,24 +50,35 @@ def recurrent_gated_delta_rule(
     state_BHKV = _first_state(k, v, initial_state_BHKV)
     outputs = []
     for t in range(q.shape[1]):
-        state_BHKV, o_BHV = _advance(q[:, t], k[:, t], v[:, t], g[:, t], beta[:, t], state_BHKV)
+        state_BHKV, o_BHV, _ = _advance(q[:, t], k[:, t], v[:, t], g[:, t], beta[:, t], state_BHKV)
         outputs.append(o_BHV)
     return torch.stack(outputs, dim=1).to(v_BTHV.dtype), state_BHKV
 
 
 @torch.no_grad()
 def step_gated_delta_rule(
-    q_B1HK: Tensor, k_B1HK: Tensor, v_B1HV: Tensor, g_B1H: Tensor, beta_B1H: Tensor, state_BHKV: Tensor
+    q_B1HK: Tensor,
+    k_B1HK: Tensor,
+    v_B1HV: Tensor,
+    g_B1H: Tensor,
+    beta_B1H: Tensor,
+    state_BHKV: Tensor,
+    writes_B1H: Tensor | None = None,
 ) -> Tensor:
     """One token, for decoding: the state is updated in place, without gradients.
+
+    Args:
+        writes_B1H: to be filled with the norm of u_t; None: not wanted.
 
     Returns:
         Output [B, 1, H, V] in the dtype of v.
     """
     q, k, v, g, beta = (x[:, 0].to(state_BHKV.dtype) for x in (q_B1HK, k_B1HK, v_B1HV, g_B1H, beta_B1H))
     with torch.autocast(state_BHKV.device.type, enabled=False):
-        new_state_BHKV, o_BHV = _advance(q, k, v, g, beta, state_BHKV)
+        new_state_BHKV, o_BHV, u_BHV = _advance(q, k, v, g, beta, state_BHKV)
     state_BHKV.copy_(new_state_BHKV)
+    if writes_B1H is not None:
+        writes_B1H.copy_(torch.linalg.vector_norm(u_BHV, dim=-1)[:, None])
     return o_BHV[:, None].to(v_B1HV.dtype)
 
 
@@ -82,6 +93,7 @@ def chunk_gated_delta_rule(
     output_final_state: bool = False,
     layout: Layout | None = None,
     chunk_size: int = 64,
+    writes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The rule in chunks: within a chunk one triangular solve, between chunks one matrix product.
 
@@ -95,6 +107,7 @@ def chunk_gated_delta_rule(
         output_final_state: whether to return the state after each row's last real token.
         layout: where the real tokens lie; None: every row is one document of T tokens.
         chunk_size: tokens of a chunk.
+        writes: [B, T, H] to be filled with the norms of the u_t, without gradients; None: not wanted.
 
     Returns:
         Outputs [B, T, H, V] in the dtype of v, and the final state [B, H, K, V] or None.
@@ -110,7 +123,7 @@ def chunk_gated_delta_rule(
         )
     with torch.autocast(q_BTHK.device.type, enabled=False):
         return _chunked(
-            q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH, initial_state, output_final_state, layout, chunk_size
+            q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH, initial_state, output_final_state, layout, chunk_size, writes
         )
 
 
@@ -124,6 +137,7 @@ def _chunked(
     output_final_state: bool,
     layout: Layout,
     chunk_size: int,
+    writes_BTH: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     batch, length, _, key_dim = q_BTHK.shape
     size = min(chunk_size, length)
@@ -154,6 +168,9 @@ def _chunked(
         _first_state(k_BTHK.to(dtype), v_BTHV.to(dtype), initial_state_BHKV),
     )
     u_BHNCV = own_BHNCV - read_BHNCK @ states_BHNKV
+    if writes_BTH is not None:
+        norm_BHT = torch.linalg.vector_norm(u_BHNCV.detach(), dim=-1).flatten(2)[..., :length]
+        writes_BTH.copy_(norm_BHT.transpose(1, 2))
     o_BHNCV = (q * inflow_BHNC1) @ states_BHNKV + (q @ k.mT * decay_BHNCC) @ u_BHNCV
     o_BTHV = o_BHNCV.flatten(2, 3).transpose(1, 2)[:, :length]
     return o_BTHV.to(v_BTHV.dtype), final_BHKV if output_final_state else None
@@ -211,14 +228,14 @@ def _first_state(k_BTHK: Tensor, v_BTHV: Tensor, initial_state_BHKV: Tensor | No
 
 def _advance(
     q_BHK: Tensor, k_BHK: Tensor, v_BHV: Tensor, g_BH: Tensor, beta_BH: Tensor, state_BHKV: Tensor
-) -> tuple[Tensor, Tensor]:
-    """One token: the new state [B, H, K, V] and the output [B, H, V]."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One token: the new state [B, H, K, V], the output and u [B, H, V]."""
     state_BHKV = state_BHKV * g_BH.exp()[..., None, None]
     read_BHV = (k_BHK[..., None, :] @ state_BHKV).squeeze(-2)
     u_BHV = beta_BH[..., None] * (v_BHV - read_BHV)
     state_BHKV = state_BHKV + k_BHK[..., :, None] * u_BHV[..., None, :]
     o_BHV = (q_BHK[..., None, :] @ state_BHKV).squeeze(-2) * q_BHK.shape[-1] ** -0.5
-    return state_BHKV, o_BHV
+    return state_BHKV, o_BHV, u_BHV
 
 
 def causal_conv1d(

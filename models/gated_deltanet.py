@@ -138,6 +138,10 @@ class GatedDeltaNet(nn.Module):
         conv_size: width of the short convolutions, the own token included.
         norm_eps: epsilon of the output norm.
 
+    Attributes:
+        reports_writes: whether `MixerOutput.writes` tells how strongly each token was written (an eviction policy
+            reads that, lte/policies.py). The rule then runs in PyTorch on CUDA too, whose kernels don't return it.
+
     Raises:
         ValueError: a size that isn't positive, conv_size < 2, or head_dim * expand_v not a whole number.
     """
@@ -162,6 +166,7 @@ class GatedDeltaNet(nn.Module):
         self.expand_v = expand_v
         self.conv_size = conv_size
         self.value_dim = _value_dim(head_dim, expand_v)
+        self.reports_writes = False
         keys, values = num_heads * head_dim, num_heads * self.value_dim
 
         self.q_proj = nn.Linear(hidden_size, keys, bias=False)
@@ -221,22 +226,31 @@ class GatedDeltaNet(nn.Module):
         """
         if state is not None and layout.is_packed:
             raise ValueError("a state holds one document a row: pass rows with lengths instead of cu_seqlens")
+        writes_BTH = None
+        if self.reports_writes:
+            shape = (*x_BTC.shape[:2], self.num_heads)
+            writes_BTH = torch.empty(shape, dtype=torch.float32, device=x_BTC.device)
         if self._is_step(x_BTC, layout, state):
-            o_BTHV = self._step(x_BTC, state)
+            o_BTHV = self._step(x_BTC, state, writes_BTH)
         else:
             padding_BT1 = _padding(x_BTC, layout)
             if padding_BT1 is not None:
                 x_BTC = x_BTC.masked_fill(padding_BT1, 0)
-            o_BTHV = self._parallel(x_BTC, padding_BT1, layout, state)
+            o_BTHV = self._parallel(x_BTC, padding_BT1, layout, state, writes_BTH)
         gate_BTHV = self.g_proj(x_BTC).unflatten(-1, (self.num_heads, self.value_dim))
-        return MixerOutput(hidden=self.o_proj(self.o_norm(o_BTHV, gate_BTHV).flatten(2)))
+        return MixerOutput(self.o_proj(self.o_norm(o_BTHV, gate_BTHV).flatten(2)), writes=writes_BTH)
 
     @staticmethod
     def _is_step(x_BTC: Tensor, layout: Layout, state: GatedDeltaNetState | None) -> bool:
         return state is not None and x_BTC.shape[1] == 1 and layout.lengths is None and not torch.is_grad_enabled()
 
     def _parallel(
-        self, x_BTC: Tensor, padding_BT1: Tensor | None, layout: Layout, state: GatedDeltaNetState | None
+        self,
+        x_BTC: Tensor,
+        padding_BT1: Tensor | None,
+        layout: Layout,
+        state: GatedDeltaNetState | None,
+        writes_BTH: Tensor | None,
     ) -> Tensor:
         """All tokens at once [B, T, H, V]."""
         states = (None, None, None) if state is None else state.conv_BCL.split(self._channels(), dim=1)
@@ -248,7 +262,7 @@ class GatedDeltaNet(nn.Module):
             a_BTH, b_BTH = (t.masked_fill(padding_BT1, _PADDING_LOGIT) for t in (a_BTH, b_BTH))
         # a copy, since the backward pass may need what is overwritten below
         initial_BHKV = None if state is None else state.recurrent_BHKV.clone()
-        o_BTHV, final_BHKV = self._rule(*self._heads(q, k, v), a_BTH, b_BTH, initial_BHKV, layout)
+        o_BTHV, final_BHKV = self._rule(*self._heads(q, k, v), a_BTH, b_BTH, initial_BHKV, layout, writes_BTH)
         if state is not None:
             state.recurrent_BHKV.copy_(final_BHKV.detach())
         return o_BTHV
@@ -262,9 +276,10 @@ class GatedDeltaNet(nn.Module):
         b_BTH: Tensor,
         initial_BHKV: Tensor | None,
         layout: Layout,
+        writes_BTH: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """The chunked rule; the final state is returned where an initial one is given."""
-        if q_BTHK.is_cuda:
+        if q_BTHK.is_cuda and writes_BTH is None:
             return fla_adapter.gated_delta_rule(
                 q_BTHK,
                 k_BTHK,
@@ -287,9 +302,10 @@ class GatedDeltaNet(nn.Module):
             initial_state=initial_BHKV,
             output_final_state=initial_BHKV is not None,
             layout=layout,
+            writes=writes_BTH,
         )
 
-    def _step(self, x_B1C: Tensor, state: GatedDeltaNetState) -> Tensor:
+    def _step(self, x_B1C: Tensor, state: GatedDeltaNetState, writes_B1H: Tensor | None = None) -> Tensor:
         """One token a row [B, 1, H, V]."""
         x_BC = x_B1C[:, 0]
         inputs_BC = torch.cat([self.q_proj(x_BC), self.k_proj(x_BC), self.v_proj(x_BC)], dim=-1)
@@ -297,13 +313,13 @@ class GatedDeltaNet(nn.Module):
         qkv_BC = delta_rule.step_causal_conv1d(inputs_BC, weight_CW, state.conv_BCL)
         q, k, v = self._heads(*qkv_BC[:, None].split(self._channels(), dim=-1))
         a_B1H, b_B1H = self.a_proj(x_B1C), self.b_proj(x_B1C)
-        if x_B1C.is_cuda:
+        if x_B1C.is_cuda and writes_B1H is None:
             return fla_adapter.gated_delta_rule_step(
                 q, k, v, a_B1H, b_B1H, self.A_log, self.dt_bias, state.recurrent_BHKV
             )
         g_B1H, beta_B1H = decay_and_strength(a_B1H, b_B1H, self.A_log, self.dt_bias)
         return delta_rule.step_gated_delta_rule(
-            l2_normalize(q), l2_normalize(k), v, g_B1H, beta_B1H, state.recurrent_BHKV
+            l2_normalize(q), l2_normalize(k), v, g_B1H, beta_B1H, state.recurrent_BHKV, writes_B1H
         )
 
     def _channels(self) -> list[int]:

@@ -102,7 +102,7 @@ def decode(
     max_new_tokens: int | None,
     sampling: Sampling = GREEDY,
     generator: torch.Generator | None = None,
-    step: Step = decode_one_token,
+    step: Step | None = None,
 ) -> Iterator[Tensor]:
     """Tokens [B, 1] one after the other, from the logits that follow what the cache holds.
 
@@ -111,8 +111,16 @@ def decode(
 
     Args:
         max_new_tokens: None goes on for ever.
-        step: reads one token; anything that computes what `decode_one_token` does.
+        step: reads one token; anything that computes what `decode_one_token` does. None: that, but on CUDA steps
+            are graphs where the model allows (models/decoding.py); a warning names the reason where it doesn't.
     """
+    if step is None and logits_BV.is_cuda:
+        from models import decoding
+
+        if decoding.serves(model, cache):
+            yield from decoding.decode_graphed(model, logits_BV, cache, max_new_tokens, sampling, generator)
+            return
+    step = decode_one_token if step is None else step
     done = 0
     while max_new_tokens is None or done < max_new_tokens:
         token_B1 = sample(logits_BV, sampling, generator)

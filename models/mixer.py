@@ -24,12 +24,14 @@ class Context(Layout):
         nsa_rotary: the same for native sparse attention, whose head dimension D is another.
         keep_all: whether the rule keeps everything and the scorer rests (the recipe's `keep_all_steps`).
         shared_scorer: the scorer of all layers where the config shares one.
+        writes: [B, T, heads] how strongly the last Gated DeltaNet layer wrote each token, where the policy asks.
     """
 
     rotary: tuple[Tensor, Tensor] | None = None
     nsa_rotary: tuple[Tensor, Tensor] | None = None
     keep_all: bool = False
     shared_scorer: RetentionScorer | None = None
+    writes: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,12 @@ class MixerOutput:
     Attributes:
         hidden: [B, T, C], to be added to the residual stream. Rows of padding hold finite values without meaning.
         retention: retention statistics of an attention layer with a scorer; None for every other mixer.
+        writes: [B, T, heads] how strongly a Gated DeltaNet layer wrote each token, if it was told to report it.
     """
 
     hidden: Tensor
     retention: RetentionStats | None = None
+    writes: Tensor | None = None
 
 
 class MixerState(Protocol):

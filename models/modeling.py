@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
+from transformers.generation import GenerationMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
@@ -37,18 +38,20 @@ class HybridOutput(ModelOutput):
     Attributes:
         loss: language-model loss, plus the penalty while training; None without labels.
         lm_loss: mean cross-entropy in nats per predicted token.
-        retention_penalty: Σ λ · mean relu(r - 0.5), already part of `loss` while training.
+        aux_loss: the L1 penalty on retention, Σ λ · mean relu(r - 0.5); already part of `loss` while training.
         logits: [B, T or logits_to_keep, V]; None in training with labels on CUDA, where only pieces of them exist.
         past_key_values: the cache, if one was used.
         hidden_states: inputs of every block and the final norm's output, if asked for.
+        retention: what each scorer decided (lte/sparsity.py), one entry an attention layer; None with a cache.
     """
 
     loss: Tensor | None = None
     lm_loss: Tensor | None = None
-    retention_penalty: Tensor | None = None
+    aux_loss: Tensor | None = None
     logits: Tensor | None = None
     past_key_values: HybridCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
+    retention: list[RetentionStats] | None = None
 
 
 @dataclass
@@ -105,10 +108,10 @@ class Block(GradientCheckpointingLayer):
 
     def forward(
         self, x_BTC: Tensor, context: Context, state: MixerState | None = None
-    ) -> tuple[Tensor, RetentionStats | None]:
+    ) -> tuple[Tensor, RetentionStats | None, Tensor | None]:
         mixed = self.mixer(self.mixer_norm(x_BTC), context, state)
         normed_BTC, x_BTC = self.mlp_norm.add(mixed.hidden, x_BTC)
-        return x_BTC + self.mlp(normed_BTC), mixed.retention
+        return x_BTC + self.mlp(normed_BTC), mixed.retention, mixed.writes
 
 
 class HybridPreTrainedModel(PreTrainedModel):
@@ -152,8 +155,17 @@ class HybridModel(HybridPreTrainedModel):
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         shared = config.has_scorer and config.scorer_sharing == "layers"
         self.shared_scorer = build_scorer(config) if shared else None
+        self.set_retention(config.retention)
         self.gradient_checkpointing = False
         self.post_init()
+
+    def set_retention(self, retention: str) -> None:
+        """As `HybridForCausalLM.set_retention`, for a name that was checked."""
+        for layer in self.layers:
+            if isinstance(layer.mixer, RetainedAttention):
+                layer.mixer.retention = retention
+            elif isinstance(layer.mixer, GatedDeltaNet):
+                layer.mixer.reports_writes = retention == "delta_error"
 
     def forward(
         self,
@@ -262,7 +274,9 @@ class HybridModel(HybridPreTrainedModel):
         for index, layer in enumerate(self.layers):
             if with_states:
                 states.append(x_BTC)
-            x_BTC, stats = layer(x_BTC, context, cache.states[index] if cache is not None else None)
+            x_BTC, stats, writes = layer(x_BTC, context, cache.states[index] if cache is not None else None)
+            if writes is not None:
+                context = replace(context, writes=writes)
             if stats is not None:
                 retention.append(stats)
         hidden = self.norm(x_BTC)
@@ -371,7 +385,8 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         loss = lm_loss = penalty = None
         if outputs.retention:
             penalty = self.penalty_control.penalty(outputs.retention)
-            self.penalty_control.observe(outputs.retention)
+            if self.training:
+                self.penalty_control.observe(outputs.retention)
         if labels is not None:
             targets = shift_labels(labels, attention_mask, cu_seqlens)
             if fused_loss:
@@ -386,10 +401,11 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         output = HybridOutput(
             loss=loss,
             lm_loss=lm_loss,
-            retention_penalty=penalty,
+            aux_loss=penalty,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            retention=outputs.retention or None,
         )
         return output if return_dict is not False else output.to_tuple()
 
@@ -423,15 +439,39 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             report[f"lambda/layer_{layer}"] = control.penalty_weight[layer].mean()
         return {name: float(value) for name, value in report.items()}
 
+    def set_retention(self, retention: str | None) -> None:
+        """Fill the budget by another policy, without training, in forwards and in caches made from now on.
+
+        Slots and memory stay as they are; the policy only chooses other tokens (lte/policies.py). A model that was
+        trained without a scorer has a budget of 0: raise it with `set_retention_budget`.
+
+        Args:
+            retention: `lte`, `none` (nothing is retained), `recency`, `random`, `h2o`, `tova`, `key_norm` or
+                `delta_error`; None: the config's.
+
+        Raises:
+            ValueError: unknown, or this model lacks what it needs.
+        """
+        retention = self.config.retention if retention is None else retention
+        self.config.check_retention(retention)
+        if retention == "lte" and not self.config.has_scorer:
+            raise ValueError("retention='lte': this model has no retention scorer; use another policy, or train one")
+        if retention != "none" and "attention" not in self.config.layer_types:
+            raise ValueError(f"retention={retention!r}: this model has no attention layers; use another model")
+        self.model.set_retention(retention)
+
     def set_retention_budget(self, budget: int | None) -> None:
         """Enforce another budget in evaluation and in caches made from now on; None: the config's."""
         if budget is not None and budget < 0:
             raise ValueError(f"budget={budget} must be 0 or more, or None for the config's {self.config.budget}")
-        if budget and not self.config.has_scorer:
-            raise ValueError(f"budget={budget}: this model has no retention scorer to fill it; use 0 or None")
-        for layer in self.model.layers:
-            if isinstance(layer.mixer, RetainedAttention):
-                layer.mixer.budget = self.config.budget if budget is None else budget
+        mixers = [layer.mixer for layer in self.model.layers if isinstance(layer.mixer, RetainedAttention)]
+        if budget and not self.config.has_scorer and all(mixer.retention == "none" for mixer in mixers):
+            raise ValueError(
+                f"budget={budget}: this model has no retention scorer to fill it; use 0 or None, or choose a policy "
+                "first with set_retention"
+            )
+        for mixer in mixers:
+            mixer.budget = self.config.budget if budget is None else budget
 
     def parameter_groups(self, weight_decay: float, lr: float) -> list[dict]:
         """Optimizer groups: no decay for norms, biases, A_log, dt_bias; the scorer's rate is scaled."""
@@ -467,7 +507,22 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
                 "this model has a cache of its own; leave it out"
             )
         rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
-        model_kwargs["past_key_values"] = self.new_cache(rows)
+        one_path = generation_mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+        if self.device.type == "cuda" and one_path and not generation_config.return_dict_in_generate:
+            from models.decoding import take_cache
+
+            # nobody sees this cache: one that is kept, with its graph, saves capturing another
+            model_kwargs["past_key_values"] = take_cache(self, rows)
+        else:
+            model_kwargs["past_key_values"] = self.new_cache(rows)
+
+    def _sample(self, input_ids: Tensor, *args: object, **kwargs: object):
+        """Greedy decoding and sampling of `generate`; on CUDA through graphs (models/decoding.py)."""
+        if self.device.type != "cuda":
+            return super()._sample(input_ids, *args, **kwargs)
+        from models.decoding import generate
+
+        return generate(self, super()._sample, input_ids, *args, **kwargs)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, is_first_iteration: bool | None = False, **kwargs):
         """As in transformers; after the prompt nothing is padding, so a decoding step needs no mask."""

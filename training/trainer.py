@@ -120,7 +120,7 @@ class HybridTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         outputs = model(**inputs, num_items_in_batch=num_items_in_batch, use_cache=False)
-        penalty = outputs.retention_penalty
+        penalty = outputs.aux_loss
         seen = [outputs.loss, outputs.lm_loss, torch.zeros_like(outputs.loss) if penalty is None else penalty]
         self.sums[:3] += torch.stack([x.detach().float() for x in seen]).to(self.sums)
         self.sums[3] += 1

@@ -12,12 +12,14 @@ from __future__ import annotations
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lte.kernels.launch import launch_options, on_device, wait_for_inputs
+
+# most bytes of a head's scorer: about what the registers of a multiprocessor hold
+SCORER_BYTES = 264 * 1024
 
 if TYPE_CHECKING:
     from lte.cache import RetainedCache
@@ -180,6 +182,14 @@ def _cache_step_kernel(
         )  # fmt: skip
 
 
+def fits_kernel(scorer: RetentionScorer) -> bool:
+    """Whether the kernel can stream this scorer: a program holds all weights of a head in its registers.
+
+    A scorer that looks at no later token is left out too: its score would race with its token's insertion.
+    """
+    return scorer.lookahead > 0 and sum(x[0].nbytes for x in scorer.weights) <= SCORER_BYTES
+
+
 def cache_step(
     cache: RetainedCache,
     k_BHD: Tensor,
@@ -195,20 +205,20 @@ def cache_step(
     """One token of every row into the cache, in place. `cache.seen` is read, but left to go up elsewhere.
 
     Args:
-        k_BHD, v_BHD: of the new tokens, equal strides, unit in D; k before rotation if `rotary` is given.
+        k_BHD, v_BHD: of the new tokens; k before rotation if `rotary` is given.
         scores_BH: float32 logits of the tokens `lookahead` earlier; or
-        scorer, state: what computes them here, its lookahead being at least 1. Neither: nothing is retained.
+        scorer, state: what computes them here, where `fits_kernel`. Neither: nothing is retained.
         rotary: cos and sin, D / 2 contiguous float32 numbers a row, for the keys in the cache; the scorer reads
             them unrotated.
         counter: [B * H] int32, set to zero.
     """
     batch, heads, dim = k_BHD.shape
-    assert k_BHD.stride() == v_BHD.stride()
-    assert k_BHD.stride(2) == 1
+    if k_BHD.stride() != v_BHD.stride() or k_BHD.stride(2) != 1:
+        k_BHD, v_BHD = k_BHD.contiguous(), v_BHD.contiguous()
     streams = scorer is not None and state is not None and cache.budget > 0
     scored = scores_BH is not None and cache.budget > 0
     assert not (streams and scored)
-    assert not streams or cache.lookahead > 0, "the score of the token itself would race with its insertion"
+    assert not streams or fits_kernel(scorer)
     weights = biases = pasts = ()
     sizes, taps, dilations = (), (), ()
     out_weight = out_bias = None

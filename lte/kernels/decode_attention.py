@@ -8,7 +8,6 @@ Letters in shape suffixes: B batch, N query heads, H KV heads, S keys, D head di
 
 from __future__ import annotations
 
-import math
 from functools import cache
 
 import torch
@@ -20,8 +19,9 @@ from lte.kernels.launch import launch_options, on_device, wait_for_inputs
 
 LOG2E = 1.4426950408889634
 MAX_HEAD_DIM = 256
-# keys of one tile, and the most programs that share a head
-BLOCK = 64
+# most keys of one tile, bytes of their k, and the most programs that share a head
+MAX_BLOCK = 64
+BLOCK_BYTES = 16384
 MAX_SPLITS = 64
 
 
@@ -58,8 +58,8 @@ def _split_kernel(
     b = n // HEADS
     h = n % HEADS
     wait_for_inputs(OVERLAP)
-    if ADVANCE:  # nothing else in this launch reads the count
-        if (h == 0) & (split == 0):
+    if ADVANCE:  # noqa: SIM102
+        if (h == 0) & (split == 0):  # nothing else in this launch reads the count
             tl.store(seen_ptr + b, tl.load(seen_ptr + b) + 1)
     head = tl.arange(0, PAD_GROUP)
     dim = tl.arange(0, PAD_DIM)
@@ -106,34 +106,36 @@ def _split_kernel(
         if tl.atomic_add(counter_ptr + n, 1, sem="acq_rel") == splits - 1:
             _add_parts(
                 part_ptr + n * splits * (GROUP * DIM), stats_ptr + n * splits * (2 * GROUP),
-                out_ptr + n * (GROUP * DIM), splits, GROUP, DIM, PAD_DIM, PAD_SPLITS,
+                out_ptr + n * (GROUP * DIM), splits, GROUP, DIM, min(PAD_DIM, 64), PAD_SPLITS,
             )  # fmt: skip
 
 
 @triton.jit
 def _add_parts(
-    part_ptr, stats_ptr, out_ptr, splits, GROUP: tl.constexpr, DIM: tl.constexpr, PAD_DIM: tl.constexpr,
+    part_ptr, stats_ptr, out_ptr, splits, GROUP: tl.constexpr, DIM: tl.constexpr, PART: tl.constexpr,
     PAD_SPLITS: tl.constexpr,
 ):  # fmt: skip
     """The output of a head group from its parts; read past the first-level cache, which may be stale."""
     split = tl.arange(0, PAD_SPLITS)
-    dim = tl.arange(0, PAD_DIM)
     there = split < splits
-    for g in tl.static_range(GROUP):
+    for g in range(GROUP):
         stats_at = stats_ptr + split * (2 * GROUP) + g
         peak = tl.load(stats_at, mask=there, other=float("-inf"), cache_modifier=".cg")
         total = tl.load(stats_at + GROUP, mask=there, other=0.0, cache_modifier=".cg")
-        part = tl.load(
-            part_ptr + split[:, None] * (GROUP * DIM) + g * DIM + dim[None, :],
-            mask=there[:, None] & (dim < DIM)[None, :],
-            other=0.0,
-            cache_modifier=".cg",
-        )
         top = tl.max(peak, 0)
         weight = tl.math.exp2(peak - tl.where(top == float("-inf"), 0.0, top))
         total = tl.sum(weight * total, 0)
-        out = tl.sum(weight[:, None] * part, 0) / tl.where(total == 0.0, 1.0, total)
-        tl.store(out_ptr + g * DIM + dim, out.to(out_ptr.dtype.element_ty), mask=dim < DIM)
+        weight = weight / tl.where(total == 0.0, 1.0, total)
+        for first in range(0, DIM, PART):
+            dim = first + tl.arange(0, PART)
+            part = tl.load(
+                part_ptr + split[:, None] * (GROUP * DIM) + g * DIM + dim[None, :],
+                mask=there[:, None] & (dim < DIM)[None, :],
+                other=0.0,
+                cache_modifier=".cg",
+            )
+            out = tl.sum(weight[:, None] * part, 0)
+            tl.store(out_ptr + g * DIM + dim, out.to(out_ptr.dtype.element_ty), mask=dim < DIM)
 
 
 @cache
@@ -142,10 +144,10 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def _splits(keys: int, groups: int, device: torch.device) -> tuple[int, int]:
+def _splits(keys: int, block: int, groups: int, device: torch.device) -> tuple[int, int]:
     """Programs of a head, and keys of each: about two programs a multiprocessor in all."""
-    wanted = max(1, min(MAX_SPLITS, triton.cdiv(keys, BLOCK), triton.cdiv(2 * _processors(device), groups)))
-    share = triton.cdiv(triton.cdiv(keys, wanted), BLOCK) * BLOCK
+    wanted = max(1, min(MAX_SPLITS, triton.cdiv(keys, block), triton.cdiv(2 * _processors(device), groups)))
+    share = triton.cdiv(triton.cdiv(keys, wanted), block) * block
     return triton.cdiv(keys, share), share
 
 
@@ -178,8 +180,10 @@ def decode_attention(
     """
     batch, query_heads, dim = q_BND.shape
     heads, keys = k_BHSD.shape[1:3]
-    assert q_BND.stride(2) == k_BHSD.stride(3) == v_BHSD.stride(3) == 1
-    splits, share = _splits(keys, batch * heads, q_BND.device)
+    q_BND, k_BHSD, v_BHSD = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_BND, k_BHSD, v_BHSD))
+    pad_dim = max(16, triton.next_power_of_2(dim))
+    block = max(16, min(MAX_BLOCK, BLOCK_BYTES // (pad_dim * q_BND.element_size())))
+    splits, share = _splits(keys, block, batch * heads, q_BND.device)
     group = query_heads // heads
     device = q_BND.device
     out_BND = torch.empty(batch, query_heads, dim, dtype=q_BND.dtype, device=device)
@@ -196,9 +200,8 @@ def decode_attention(
             *q_BND.stride()[:2], *k_BHSD.stride()[:3], *v_BHSD.stride()[:3], *marks_BHS.stride(),
             keys, above, share, splits, (dim**-0.5 if scale is None else scale) * LOG2E,
             HEADS=heads, GROUP=group, PAD_GROUP=max(16, triton.next_power_of_2(group)), DIM=dim,
-            PAD_DIM=max(16, triton.next_power_of_2(dim)), BLOCK=BLOCK,
-            PAD_SPLITS=triton.next_power_of_2(splits), ROTARY=rotary is not None, ADVANCE=seen_B is not None,
-            PRECISION="ieee" if q_BND.dtype == torch.float32 else "tf32", OVERLAP=overlap,
+            PAD_DIM=pad_dim, BLOCK=block, PAD_SPLITS=triton.next_power_of_2(splits), ROTARY=rotary is not None,
+            ADVANCE=seen_B is not None, PRECISION="ieee" if q_BND.dtype == torch.float32 else "tf32", OVERLAP=overlap,
             **launch_options(overlap, warps=4),
         )  # fmt: skip
     return out_BND

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from lte.kernels.launch import launch_options, on_device, wait_for_inputs
 
-# a program's share of a weight: elements held at once, and lanes of one row
+# a program's share of a weight: elements held at once, by so many warps, and lanes of one row
 TILE = 8192
+WARPS = 4
 MAX_LANES = 8192
 
 
@@ -59,7 +60,7 @@ def _product(weight_ptr, row, column, in_rows, valid, SIZE: tl.constexpr, FULL: 
 
 @triton.jit
 def _shift_and_convolve(y, row, in_rows, filter_ptr, state_ptr, channels, TAPS: tl.constexpr):
-    """SiLU of the short convolution for rows below `channels`, whose last inputs move on by one; others as they are."""
+    """SiLU of the convolution for rows below `channels`, whose last inputs move on by one; others as they are."""
     convolved = in_rows & (row < channels)
     kept: tl.constexpr = state_ptr.dtype.element_ty
     newest = y.to(kept)
@@ -201,7 +202,7 @@ def _matvec(
             SIZE=size, GROUPS=groups, WIDTH=width, PAD_GROUPS=pad_groups, PAD_WIDTH=pad_width, ROWS=rows,
             FULL=pad_groups * pad_width == size and outputs % rows == 0, NORM=norm is not None,
             GATE=gate_1K is not None, SWIGLU=swiglu, RESIDUAL=residual_1N is not None,
-            TAPS=0 if filters is None else filters.shape[-1], OVERLAP=overlap, **launch_options(overlap, warps=4),
+            TAPS=0 if filters is None else filters.shape[-1], OVERLAP=overlap, **launch_options(overlap, warps=WARPS),
         )  # fmt: skip
     return out_1N
 
@@ -252,9 +253,7 @@ def norm_linear(
     return y_BN
 
 
-def norm_swiglu(
-    x_BK: Tensor, norm: Tensor, eps: float, gate_up_MK: Tensor, *, overlap: bool = False
-) -> Tensor:
+def norm_swiglu(x_BK: Tensor, norm: Tensor, eps: float, gate_up_MK: Tensor, *, overlap: bool = False) -> Tensor:
     """SiLU(gate) * up [B, I] of the normed input; the first half of the M = 2 I rows is gate, the second up."""
     if fits_matvec(x_BK):
         return _matvec(x_BK, gate_up_MK, norm=norm, eps=eps, swiglu=True, overlap=overlap)
@@ -289,7 +288,7 @@ def linear_add(
 
 
 def convolve_rows(x_BN: Tensor, filters_CW: Tensor, state_BCL: Tensor) -> None:
-    """The first C columns become SiLU of their causal convolution, in place; the state takes them as newest inputs."""
+    """SiLU of a causal convolution of the first C columns, in place; the state takes them as its newest inputs."""
     batch, channels = state_BCL.shape[:2]
     with on_device(x_BN):
         _convolve_kernel[(triton.cdiv(channels, 512), batch)](

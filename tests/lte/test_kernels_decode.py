@@ -44,11 +44,11 @@ def rel_rms(got, want):
     return float((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-20))
 
 
-def assert_close(got, want, dtype=torch.float32):
+def assert_close(got, want, dtype=torch.float32, factor=1):
     assert got.shape == want.shape
     assert torch.isfinite(got).all()
     assert want.double().norm() > 1e-3, "nothing is compared with nothing"
-    assert rel_rms(got, want) <= limit(dtype), rel_rms(got, want)
+    assert rel_rms(got, want) <= factor * limit(dtype), rel_rms(got, want)
 
 
 def randn(*shape, dtype=torch.float32, scale=1.0):
@@ -94,7 +94,9 @@ def test_norm_then_swiglu(batch, size, inner, dtype):
 @pytest.mark.parametrize(("size", "outputs"), [(64, 48), (45, 33)])
 def test_linear_and_sum(batch, size, outputs, dtype):
     x, weight, residual = (randn(*s, dtype=dtype) for s in ((batch, size), (outputs, size), (batch, outputs)))
-    assert_close(linear_add(x, weight, residual, overlap=OVERLAP), residual.float() + x.float() @ weight.float().t(), dtype)
+    assert_close(
+        linear_add(x, weight, residual, overlap=OVERLAP), residual.float() + x.float() @ weight.float().t(), dtype
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -164,28 +166,37 @@ def test_delta_rule_over_steps(batch, heads, key, value, dtype):
 # ---- the cache
 
 
-def fill(cache, tokens, levels, rotary=True):
-    """Both forms over `tokens` tokens; yields after each."""
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("heads", "dim", "window", "sinks", "budget", "lookahead"),
-    [(2, 16, 9, 4, 3, 6), (1, 60, 7, 0, 1, 6), (3, 32, 8, 4, 0, 6), (2, 12, 5, 2, 5, 4), (2, 8, 1, 0, 3, 0)],
+    ("batch", "heads", "dim", "window", "sinks", "budget", "lookahead", "steps"),
+    [
+        (3, 1, 16, 9, 4, 3, 6, 64),
+        (3, 1, 60, 7, 0, 1, 6, 30),
+        (1, 2, 32, 8, 4, 0, 6, 20),
+        (1, 2, 12, 5, 2, 5, 4, 40),
+        (1, 1, 8, 1, 0, 3, 0, 30),
+    ],
 )
-def test_eviction_with_ties(heads, dim, window, sinks, budget, lookahead, dtype):
-    batch = 3
+def test_eviction_with_ties(batch, heads, dim, window, sinks, budget, lookahead, steps, dtype):
     ours, theirs = (
         RetainedCache(
-            batch, heads, dim, window=window, sinks=sinks, budget=budget, lookahead=lookahead, dtype=dtype, device=DEVICE
+            batch,
+            heads,
+            dim,
+            window=window,
+            sinks=sinks,
+            budget=budget,
+            lookahead=lookahead,
+            dtype=dtype,
+            device=DEVICE,
         )
         for _ in range(2)
     )
     # rows of different age
     for cache in (ours, theirs):
-        cache.seen.copy_(torch.tensor([0, 2, 11]))
+        cache.seen.copy_(torch.tensor([0, 2, 11])[:batch])
     addresses = [x.data_ptr() for x in ours.tensors]
-    for _ in range(70):
+    for _ in range(steps):
         k, v = randn(batch, 1, heads, dim, dtype=dtype), randn(batch, 1, heads, dim, dtype=dtype)
         # few values: ties, and about half of them not positive
         scores = torch.randint(-3, 4, (batch, 1, heads), device=DEVICE) / 2
@@ -210,12 +221,12 @@ def make_scorer(heads, dim, dtype, **sizes):
 
 
 SCORERS = [
-    # KV heads, head_dim, window, sinks, budget, scorer
-    (2, 16, 9, 4, 3, {}),
-    (1, 60, 7, 0, 1, {}),
-    (3, 32, 11, 4, 4, {"share_heads": True}),
-    (2, 12, 6, 1, 2, {"kernel_sizes": (5, 1), "dilations": (1, 3)}),
-    (2, 8, 2, 0, 3, {"kernel_sizes": (3,), "dilations": (1,)}),
+    # rows, KV heads, head_dim, window, sinks, budget, steps, scorer
+    (1, 2, 16, 9, 4, 3, 62, {}),
+    (3, 1, 60, 7, 0, 1, 20, {}),
+    (1, 2, 32, 7, 4, 4, 20, {"share_heads": True}),
+    (1, 1, 12, 6, 1, 2, 30, {"kernel_sizes": (5, 1), "dilations": (1, 3)}),
+    (1, 1, 8, 2, 0, 3, 20, {"kernel_sizes": (3,), "dilations": (1,)}),
 ]
 
 
@@ -223,8 +234,8 @@ SCORERS = [
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", SCORERS)
 def test_scoring_and_rotation_from_empty(case, dtype):
-    heads, dim, window, sinks, budget, sizes = case
-    batch, steps = 2, 64
+    batch, heads, dim, window, sinks, budget, steps, sizes = case
+    exact = dtype == torch.float32
     scorer = make_scorer(heads, dim, dtype, **sizes)
     caches = [
         RetainedCache(
@@ -243,7 +254,7 @@ def test_scoring_and_rotation_from_empty(case, dtype):
         angles = rotary_angles(ours.seen[:, None], dim, 100.0)
         flat = tuple(x.flatten(1).contiguous() for x in angles)
         scores = scorer.stream(torch.cat([k, v], -1)[:, None], states[1], theirs.seen)
-        if dtype != torch.float32:  # which token is kept hangs on the last digit: compare where both agree
+        if not exact:  # which token is kept hangs on the last digit: compare where both agree
             ours.logits.copy_(theirs.logits)
             ours.positions.copy_(theirs.positions)
         theirs._step(rotate(k[:, None], angles).transpose(1, 2), v[:, None].transpose(1, 2), scores)
@@ -254,14 +265,15 @@ def test_scoring_and_rotation_from_empty(case, dtype):
         known = torch.isfinite(theirs.logits)
         assert torch.equal(torch.isfinite(ours.logits), known)
         if known.any():
-            assert_close(ours.logits[known], theirs.logits[known], dtype)
-        if dtype == torch.float32:
+            # in bfloat16 the layers of the reference round after every tap
+            assert_close(ours.logits[known], theirs.logits[known], dtype, factor=1 if exact else 4)
+        if exact:
             assert torch.equal(ours.positions, theirs.positions)
             assert_close(ours.k, theirs.k)
             assert torch.equal(ours.v, theirs.v)
         for got, want in zip(states[0].inputs, states[1].inputs, strict=True):
             if want.numel() and want.any():
-                assert_close(got, want, dtype)
+                assert_close(got, want, dtype, factor=1 if exact else 4)
     assert (caches[0].logits[:, :, sinks : sinks + budget] > 0).any()
     assert [x.data_ptr() for x in (*caches[0].tensors, *states[0].inputs)] == addresses
 
@@ -353,6 +365,7 @@ def test_embeddings_and_angles(dtype):
     want = rotary_angles(seen[:, None], 20, 10000.0)
     for got, exact in zip((cos, sin), want, strict=True):
         torch.testing.assert_close(got, exact.flatten(1), rtol=0, atol=1e-6)
-    x, none = start_step(token, table)
+    strided = token.expand(3, 2).contiguous()[:, :1]
+    x, none = start_step(strided, table)
     assert none is None
     assert torch.equal(x, table[token[:, 0]])

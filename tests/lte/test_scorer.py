@@ -130,7 +130,8 @@ def test_stats_count_what_only_retention_can_serve():
 def feed(control, density):
     """One optimizer step at a given density."""
     shape = control.penalty_weight.shape
-    stats = [RetentionStats(torch.zeros(shape[1]), d * 100, torch.full_like(d, 100.0), torch.tensor(1)) for d in density]
+    hundred = torch.full((shape[1],), 100.0)
+    stats = [RetentionStats(torch.zeros(shape[1]), d * 100, hundred, torch.tensor(1)) for d in density]
     control.observe(stats)
     control.update()
 

@@ -21,6 +21,8 @@ COUNTS = {
     "gdn-swa-1.4b": 1_339_823_296,
     "gdn-full-0.4b": 354_028_224,
     "gdn-full-1.4b": 1_339_823_296,
+    "streaming-0.4b": 354_028_224,
+    "streaming-1.4b": 1_339_823_296,
     "nsa-0.4b": 349_750_272,
     "nsa-1.4b": 1_180_272_640,
     "lansa-0.4b": 358_353_600,
@@ -128,7 +130,7 @@ def test_load_config_refuses(tmp_path):
 
 
 def test_required_files_exist():
-    tiny = ("transformer-tiny", "gdn-tiny", "gdn-swa-tiny", "gdn-full-tiny", "lalte-tiny")
+    tiny = ("transformer-tiny", "gdn-tiny", "gdn-swa-tiny", "gdn-full-tiny", "streaming-tiny", "lalte-tiny")
     for name in (*REQUIRED, *tiny):
         assert (FOLDER / f"{name}.json").is_file(), name
 

@@ -269,7 +269,7 @@ def test_loss_falls_and_the_penalty_is_steered():
     for _ in range(12):
         output = model(ids, labels=ids)
         assert torch.isfinite(output.loss)
-        assert_close(output.loss[None], (output.lm_loss + output.retention_penalty)[None])
+        assert_close(output.loss[None], (output.lm_loss + output.aux_loss)[None])
         optimizer.zero_grad()
         output.loss.backward()
         optimizer.step()
@@ -306,7 +306,7 @@ def test_penalty_is_the_weighted_mean_excess():
     output = model(ids, labels=ids)
     excess_LH = torch.stack([(x.sigmoid() - 0.5).clamp(min=0).mean((0, 1)) for x in seen])
     expected = (model.penalty_control.penalty_weight * excess_LH).sum()
-    assert_close(output.retention_penalty[None], expected[None])
+    assert_close(output.aux_loss[None], expected[None])
     model.eval()
     assert model(ids, labels=ids).loss == model(ids, labels=ids).lm_loss
 
@@ -345,7 +345,7 @@ def test_keep_all_steps():
         if step < 2:
             assert_close(output.logits, full(ids).logits)
             assert scorer.grad is None
-            assert output.retention_penalty is None
+            assert output.aux_loss is None
         else:
             assert (output.logits - full(ids).logits).abs().max() > 1e-4
             assert scorer.grad.abs().max() > 0
@@ -422,3 +422,15 @@ def test_initialisation():
     assert 0.9 < attention.q_proj.weight.std() / 0.02 < 1.1
     for linear in (attention.o_proj, gdn.o_proj, model.model.layers[2].mlp.down_proj):
         assert 0.9 < linear.weight.std() / (0.02 / math.sqrt(8)) < 1.1
+
+
+def test_the_output_carries_what_the_scorers_decided():
+    model = make_model()
+    ids = make_ids(2, 40)
+    output = model(ids)
+    assert len(output.retention) == model.config.layer_types.count("attention")
+    for stats in output.retention:
+        assert (stats.kept <= stats.eligible).all()
+        assert stats.tokens == ids.numel()
+    assert not model.penalty_control.counts.any(), "evaluation doesn't steer λ"
+    assert model(ids, past_key_values=model.new_cache(2)).retention is None

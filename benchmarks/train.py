@@ -1,0 +1,197 @@
+"""Training, forward and backward, of whole models of equal size."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.harness import (
+    OURS,
+    Bench,
+    Disagreement,
+    add_common_arguments,
+    build_model,
+    measure,
+    model_config,
+    peak_bytes,
+)
+from lte.scorer import RetentionScorer
+
+DESCRIPTION = """\
+Times forward and backward of training (loss included, optimizer not) for laLTE and models of equal size: Transformer,
+Gated DeltaNet, and it with windowed or full attention. `keep-all` is laLTE as it starts, everything kept; `sparse` as
+it ends, with the target density kept: each scorer's last bias is set to the quantile of its own logits on random
+tokens that leaves this share of the eligible ones positive. What is kept then is measured and noted in the result.
+"""
+EPILOG = """\
+examples:
+  lalte bench train
+  lalte bench train --phase sparse --systems lalte,gdn
+  lalte bench train --precision amp --packed
+  lalte bench train --quick --device cpu --out train.json
+"""
+SYSTEMS = (OURS, "gdn", "transformer", "gdn-swa", "gdn-full")
+BUFFERS = 4
+LOSS_TOLERANCE = 5e-3
+GRADIENT_TOLERANCE = 5e-2
+
+
+def set_density(model: nn.Module, ids: Tensor, rounds: int = 3) -> float:
+    """Shift the last bias of every scorer so that the target density is kept on these tokens; the density reached.
+
+    Args:
+        ids: [B, T] tokens.
+        rounds: a shift changes the inputs of the layers above, so that it is repeated.
+    """
+    config = model.config
+    eligible = slice(config.sinks, max(config.sinks + 1, ids.shape[1] - config.window))
+    target = config.target_density
+
+    def shift(scorer: RetentionScorer, _: Any, logits_BTH: Tensor) -> Tensor:
+        threshold_H = logits_BTH[:, eligible].flatten(0, 1).float().quantile(1 - target, dim=0)
+        if len(scorer.out_bias) < len(threshold_H):
+            threshold_H = threshold_H.mean(0, keepdim=True)  # one scorer for all heads
+        scorer.out_bias.sub_(threshold_H.to(scorer.out_bias.dtype))
+        return logits_BTH - threshold_H
+
+    with torch.no_grad():
+        hooks = [m.register_forward_hook(shift) for m in model.modules() if isinstance(m, RetentionScorer)]
+        for _ in range(rounds):
+            model.model(ids)
+        for hook in hooks:
+            hook.remove()
+        stats = model.model(ids).retention
+    return float(sum(s.kept.sum() for s in stats) / sum(s.eligible.sum() for s in stats).clamp(min=1))
+
+
+def check(system: str, device: torch.device) -> None:
+    """The tiny model's training loss and gradients on the device, in bfloat16 there, against float32 on the CPU.
+
+    Raises: Disagreement.
+    """
+    config = model_config(system, "tiny", initializer_range=0.1, vocab_size=512, **_without_dropout(system))
+    ids = torch.randint(config.vocab_size, (2, 131), generator=torch.Generator().manual_seed(0))
+    exact = build_model(config, torch.device("cpu"), torch.float32).train()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    other = build_model(config, device, dtype).train()
+    other.load_state_dict(exact.state_dict())
+    losses, norms = [], []
+    for model in (exact, other):
+        loss = model(ids.to(model.device), labels=ids.to(model.device)).lm_loss
+        loss.backward()
+        losses.append(float(loss.detach()))
+        norms.append(float(model.model.embed_tokens.weight.grad.float().norm()))
+    if not abs(losses[1] - losses[0]) <= LOSS_TOLERANCE * losses[0]:
+        raise Disagreement(f"the loss of the tiny model is {losses[1]:.4f}, on the CPU it is {losses[0]:.4f}")
+    if not abs(norms[1] - norms[0]) <= GRADIENT_TOLERANCE * norms[0]:
+        raise Disagreement(f"the embedding's gradient has norm {norms[1]:.4g}, on the CPU {norms[0]:.4g}")
+
+
+def _without_dropout(system: str) -> dict[str, Any]:
+    return {"scorer_dropout": 0.0} if system == OURS else {}
+
+
+def batch_of(ids: Tensor, packed: bool) -> dict[str, Any]:
+    """Arguments of a model for rows [B, T], or for them packed into one row as the Trainer packs documents."""
+    if not packed:
+        return {"input_ids": ids, "labels": ids}
+    rows, length = ids.shape
+    bounds = torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=ids.device)
+    ids = ids.view(1, -1)
+    return {"input_ids": ids, "labels": ids, "cu_seqlens": bounds}
+
+
+def time_system(
+    bench: Bench, case: str, system: str, config: Any, batch: int, length: int, prepare: Callable[[nn.Module], dict]
+) -> None:
+    """Check, build, time."""
+    check(system, bench.device)
+    cuda, amp = bench.device.type == "cuda", bench.args.precision == "amp"
+    dtype = torch.bfloat16 if cuda and not amp else torch.float32
+    model = build_model(config, bench.device, dtype).train()
+    bench.note(case, system, parameters=sum(p.numel() for p in model.parameters()), **prepare(model))
+    shape = (batch, length)
+    sets = [torch.randint(config.vocab_size, shape, device=bench.device) for _ in range(BUFFERS)]
+    items = batch * (length - 1)
+
+    def run(i: int) -> None:
+        inputs = batch_of(sets[i % BUFFERS], bench.args.packed)
+        with torch.autocast(bench.device.type, torch.bfloat16, enabled=amp):
+            loss = model(**inputs, num_items_in_batch=items, use_cache=False).loss
+        loss.backward()
+
+    clear = partial(model.zero_grad, set_to_none=True)
+    timing = measure(run, bench.device, seconds=bench.args.seconds, before=clear, warmup=3, most=50)
+    clear()
+    with peak_bytes(bench.device) as peak:
+        run(0)
+        bench.add_bytes(case, system, peak())
+    bench.add_timing(case, system, timing, tokens=batch * length)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `lalte bench train`."""
+    parser.description, parser.epilog = DESCRIPTION, EPILOG
+    add = parser.add_argument
+    add("--config", metavar="SIZE", default="0.4b", help="0.4b (default), 1.4b or tiny")
+    add("--batch", metavar="B", type=int, default=8, help="rows; default: 8")
+    add("--length", metavar="T", type=int, default=4096, help="tokens a row; default: 4096")
+    add("--phase", choices=["keep-all", "sparse", "both"], default="both", help="what laLTE keeps; default: both")
+    add(
+        "--precision",
+        choices=["bf16", "amp"],
+        default="bf16",
+        help="bf16: weights in bfloat16 (default); amp: float32 weights under autocast, as `lalte train` has them",
+    )
+    add("--packed", action="store_true", help="rows packed into one with boundaries, as `lalte train` feeds them")
+    add_common_arguments(parser)
+
+
+def run_from_arguments(args: argparse.Namespace) -> int:
+    """Run the benchmark; the exit status."""
+    size, batch, length = args.config, args.batch, args.length
+    changes: dict[str, Any] = {}
+    if args.quick:
+        size, batch, length = "tiny", 2, 96
+        changes = {"num_hidden_layers": 2, "vocab_size": 256}
+    name = "train" if size == "0.4b" else f"train-{size}"
+    bench = Bench(name, args, {"size": size, "batch": batch, "length": length, **changes})
+    suffix = (" amp" if args.precision == "amp" else "") + (" packed" if args.packed else "")
+    phases = ["sparse", "keep-all"] if args.phase == "both" else [args.phase]
+    for phase in phases:
+        case = f"train {size} B{batch} T{length}{suffix}" + (" all kept" if phase == "keep-all" else "")
+        runs = {}
+        for system in SYSTEMS:
+            if system != OURS and phase == "keep-all" and len(phases) > 1:
+                continue  # they have no phases
+            layers = {"layer_types": _layers(system)} if args.quick else {}
+            rule = {"window": 24, "budget": 10} if args.quick and system == OURS else {}
+            kept = {"max_position_embeddings": length} if system == OURS else {}
+            config = model_config(system, size, **changes, **layers, **rule, **kept)
+            prepare = partial(_prepare, system=system, phase=phase, batch=batch, length=length)
+            runs[system] = partial(time_system, bench, case, system, config, batch, length, prepare)
+        bench.run_case(case, runs)
+    return bench.finish()
+
+
+def _prepare(model: nn.Module, *, system: str, phase: str, batch: int, length: int) -> dict[str, Any]:
+    """Bring our model into the phase; what to note about it."""
+    if system != OURS:
+        return {}
+    ids = torch.randint(model.config.vocab_size, (batch, length), device=model.device)
+    if phase == "sparse":
+        return {"kept_density": set_density(model, ids), "target_density": model.config.target_density}
+    with torch.no_grad():
+        stats = model.model(ids).retention
+    return {"kept_density": float(sum(s.kept.sum() for s in stats) / sum(s.eligible.sum() for s in stats))}
+
+
+def _layers(system: str) -> list[str]:
+    """Layer types of a model of two layers."""
+    first = "attention" if system == "transformer" else "gated_deltanet"
+    return [first, "gated_deltanet" if system == "gdn" else "attention"]

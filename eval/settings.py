@@ -1,0 +1,114 @@
+"""Settings of an evaluation's command: defaults < file < command line. Imports nothing heavy: --help is quick."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def names(text: str) -> list[str]:
+    """The entries of `a,b`."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def numbers(text: str) -> list[int]:
+    """The whole numbers of `512,1024`; an argument error if one isn't."""
+    try:
+        return [int(name) for name in names(text)]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 512,1024") from None
+
+
+def describe(parser: argparse.ArgumentParser, description: str, epilog: str) -> None:
+    """Sets the texts of --help, printed as they are."""
+    parser.description, parser.epilog = description, epilog
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, batch: str | None = "prompts at once; default: 8") -> None:
+    """Adds what every evaluation of a model takes.
+
+    Args:
+        batch: help of --batch-size; None: there is no such option.
+    """
+    add = parser.add_argument
+    add("--model", metavar="DIR", help="folder of the model and its tokenizer; any causal model of transformers")
+    add("--out", metavar="DIR", help="folder for the results; an interrupted run in it is continued")
+    add("--config", metavar="FILE", help="YAML with any of these settings; options given here win")
+    if batch is not None:
+        add("--batch-size", metavar="N", type=int, help=batch)
+    add("--budget", metavar="N", type=int, help="retained tokens per head (0: none); default: the model's own")
+    add("--device", metavar="NAME", help="auto (default), cpu, cuda, cuda:1, …")
+    add("--dtype", metavar="NAME", help="auto (default: as saved), float32, bfloat16, float16")
+    flag = argparse.BooleanOptionalAction
+    add("--resume", action=flag, default=None, help="continue a run in --out (default), or refuse to")
+
+
+def add_cache_arguments(parser: argparse.ArgumentParser, chunk: int) -> None:
+    """Adds how a text is read; `chunk` is the default that --help names."""
+    add = parser.add_argument
+    add("--chunk", metavar="N", type=int, help=f"tokens read at once; default: {chunk}")
+    add("--cache", metavar="KIND", help="auto (default: the model's own, else full), full, or stream")
+    add("--sinks", metavar="N", type=int, help="of --cache stream; default: 4")
+    add("--window", metavar="N", type=int, help="of --cache stream; default: 1020")
+
+
+def _read_file(path: str, known: Sequence[str]) -> Any:
+    from omegaconf import DictConfig, OmegaConf
+
+    if not Path(path).is_file():
+        raise ValueError(f"config: {path} is not a file; the folder configs/eval has examples")
+    try:
+        loaded = OmegaConf.load(path)
+    except Exception as error:
+        raise ValueError(f"config: {path} is not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(loaded, DictConfig):
+        raise ValueError(f"config: {path} is not a list of `name: value` lines")
+    for name in loaded:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+            raise ValueError(f"config: {path} has the unknown setting {name!r}; {hint}")
+    return loaded
+
+
+def resolve(kind: type[T], args: argparse.Namespace, needed: Sequence[str] = ("model", "out")) -> T:
+    """Defaults < file < command line, as an object of the dataclass `kind`.
+
+    Args:
+        needed: settings that must be given.
+
+    Raises:
+        ValueError: a setting that is unknown, of the wrong type, or missing.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    known = [f.name for f in fields(kind)]
+    given = {name: getattr(args, name, None) for name in known}
+    given = {name: value for name, value in given.items() if value is not None}
+    layers = [_read_file(args.config, known)] if getattr(args, "config", None) else []
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), *layers, given))
+    except OmegaConfBaseException as error:
+        raise ValueError(f"config: {error.full_key}: {str(error).splitlines()[0]}") from error
+    for name in needed:
+        if not getattr(config, name):
+            raise ValueError(f"{name}: missing; give --{name.replace('_', '-')}")
+    return config
+
+
+def keep(config: Any) -> None:
+    """Writes the settings of a command into its folder, as config.yaml."""
+    from omegaconf import OmegaConf
+
+    from .results import write_bytes
+
+    text = OmegaConf.to_yaml(OmegaConf.structured(config))
+    write_bytes(Path(config.out) / "config.yaml", text.encode(), overwrite=True)

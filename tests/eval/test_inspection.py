@@ -1,0 +1,701 @@
+"""`lalte inspect`: what is collected agrees with the rule and the model, and the page works in a browser.
+
+Shapes: B rows, T tokens, H KV heads, N query heads, D head dimension, R rows and columns of a map.
+"""
+
+import argparse
+import base64
+import hashlib
+import html
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from functools import lru_cache
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import ByT5Tokenizer
+
+import models.attention
+from eval import inspection_cli
+from eval.inspection import (
+    AttentionMaps,
+    Inspection,
+    LayerRecord,
+    Tokens,
+    _read,
+    attention_layers,
+    attention_shares,
+    inspect_text,
+    short_pieces,
+    split_text,
+)
+from eval.inspection_page import png_uri, render, script_json, shades, write_figures
+from lte.visibility import lifetimes, visible
+from tests.tiny_models import make_ids, make_model, make_tokenizer
+
+TEXT = "the quick brown fox jumps over the lazy dog, then the other fox laughs. " * 9
+RULES = {
+    "lalte": ("lalte", {}),
+    "one scorer a layer": ("lalte", {"scorer_sharing": "heads"}),
+    "one scorer": ("lalte", {"scorer_sharing": "layers"}),
+    "rope_in_cache": ("lalte", {"position_encoding": "rope_in_cache"}),
+    "no positions": ("lalte", {"position_encoding": "none"}),
+    "streaming": ("streaming", {}),
+    "full": ("gdn-full", {}),
+}
+
+
+def small(name="lalte", **changes):
+    family, fields = RULES[name]
+    return make_model(family, vocab_size=320, **fields, **changes)
+
+
+def numbers(text, kind):
+    return np.frombuffer(base64.b64decode(text), kind)
+
+
+def page_json(page):
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])
+
+
+# ---- the text ----
+
+
+@pytest.mark.parametrize("text", [TEXT, "aé😀\n\n  漢字\tz ", "x"])
+def test_tokens_are_slices_of_the_text(text):
+    tokens = split_text(make_tokenizer(), text)
+    assert "".join(tokens.texts) == text
+    assert tokens.ids == make_tokenizer()(text).input_ids
+    assert tokens.total == len(tokens.ids) == len(tokens.texts) == len(tokens.special)
+
+
+def test_special_tokens_keep_their_names():
+    tokenizer = make_tokenizer()
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    tokens = split_text(tokenizer, "fox </s> fox", limit=3)
+    assert (tokens.texts[0], tokens.special[:2]) == ("<s>", [True, False])
+    assert len(tokens.ids) == 3 < tokens.total
+    whole = split_text(tokenizer, "fox </s> fox")
+    assert whole.special[-1] is False, "the end that the tokenizer adds is dropped, the text's own stays text"
+    assert "".join(whole.texts[1:]) == "fox </s> fox"
+
+
+def test_tokenizer_without_offsets():
+    tokens = split_text(ByT5Tokenizer(), "fox!")
+    assert (tokens.texts, any(tokens.special)) == (list("fox!"), False)
+
+
+@pytest.mark.parametrize(("text", "limit", "word"), [("", None, "no tokens"), ("fox", 0, "limit")])
+def test_texts_that_cannot_be_read(text, limit, word):
+    with pytest.raises(ValueError, match=word):
+        split_text(make_tokenizer(), text, limit)
+
+
+# ---- what is collected ----
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_lifetimes_are_those_of_the_model(name, monkeypatch):
+    """The ends are what the mixers used, and what the definition of the rule says."""
+    used = []
+
+    def spy(*args, **kwargs):
+        used.append(lifetimes(*args, **kwargs))
+        return used[-1]
+
+    monkeypatch.setattr(models.attention, "lifetimes", spy)
+    model = small(name)
+    found = inspect_text(model, make_tokenizer(), TEXT, limit=73, maps=False, progress=False)
+    assert len(found.layers) == len(used) == 2
+    for record, end_BTH in zip(found.layers, used, strict=True):
+        assert torch.equal(record.end_TH, end_BTH[0])
+        mixer = model.model.layers[record.layer].mixer
+        mask_HTT = visible(
+            None if record.logits_TH is None else record.logits_TH[None],
+            batch=1, length=73, heads=2, window=mixer.window, sinks=mixer.sinks, budget=mixer.budget,
+        )[0]  # fmt: skip
+        index = torch.arange(73)
+        ours = (index[:, None] >= index) & (index[:, None] < record.end_TH.T[:, None, :])
+        assert torch.equal(ours, mask_HTT)
+        assert (record.logits_TH is not None) == ("lalte" == RULES[name][0])
+    if found.layers[0].logits_TH is not None:
+        lost = (found.layers[0].end_TH < 73) & (found.layers[0].logits_TH > 0)
+        assert lost.any(), "the budget must be at work"
+
+
+def test_budget_and_hooks_leave_the_model_as_it_was():
+    model, ids = small(), make_ids(1, 60)
+    before = model(ids).logits
+    few = inspect_text(model, make_tokenizer(), TEXT, limit=73, budget=1, progress=False)
+    assert few.budget == 1
+    assert [layer.mixer.budget for layer in model.model.layers[1::2]] == [3, 3]
+    assert torch.equal(model(ids).logits, before)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    more = inspect_text(model, make_tokenizer(), TEXT, limit=73, maps=False, progress=False)
+    assert (few.layers[0].end_TH <= more.layers[0].end_TH).all()
+    assert (few.layers[0].end_TH < more.layers[0].end_TH).any()
+
+
+@pytest.mark.parametrize("name", RULES)
+@torch.no_grad()
+def test_shares_are_the_attention_of_the_mixer(name):
+    """Shares times values is the mixer's own output; they are none for evicted keys, and sum to 1."""
+    model = small(name)
+    length = 59
+    seen = _read(model, make_ids(2, length))
+    for layer, mixer in attention_layers(model).items():
+        x_BTC, context = seen[layer].x_BTC, seen[layer].context
+        shares_BTNK = attention_shares(mixer, seen[layer], torch.arange(length).expand(2, length), length)
+        v_BTHD = mixer.v_proj(x_BTC).view(2, length, mixer.kv_heads, mixer.head_dim)
+        v_BTND = v_BTHD.repeat_interleave(mixer.heads // mixer.kv_heads, 2)
+        out = mixer.o_proj(torch.einsum("btnk,bknd->btnd", shares_BTNK, v_BTND).flatten(2))
+        torch.testing.assert_close(out, mixer(x_BTC, context).hidden, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(shares_BTNK.sum(-1), torch.ones(2, length, mixer.heads), rtol=1e-5, atol=1e-5)
+        mask_BHTT = visible(
+            seen[layer].logits_BTH, batch=2, length=length, heads=2, window=mixer.window, sinks=mixer.sinks,
+            budget=mixer.budget,
+        )  # fmt: skip
+        mask_BTNK = mask_BHTT.transpose(1, 2).repeat_interleave(mixer.heads // mixer.kv_heads, 2)
+        assert torch.equal(shares_BTNK > 0, mask_BTNK)
+        if name != "full":
+            assert not mask_BTNK[:, -1].all()
+
+
+def test_maps_are_averages():
+    model, tokenizer = small(), make_tokenizer()
+    found = inspect_text(model, tokenizer, TEXT, limit=131, progress=False)
+    assert found.pieces == 8, "131 tokens hold eight pieces of 16"
+    for maps in found.maps:
+        assert maps.pieces_NRR.shape == (6, 16, 16)
+        cells = maps.text_NRR.shape[-1]
+        assert maps.text_NRR.shape == (6, cells, cells)
+        assert cells == 96
+        for map_NRR in (maps.pieces_NRR, maps.text_NRR):
+            torch.testing.assert_close(map_NRR.sum(-1), torch.ones(map_NRR.shape[:2]), rtol=1e-4, atol=1e-4)
+            assert (map_NRR.triu(1) == 0).all()
+    with torch.no_grad():
+        ids = torch.tensor([split_text(tokenizer, TEXT).ids[16:32]])
+        seen = _read(model, ids)[1]
+        alone = attention_shares(model.model.layers[1].mixer, seen, torch.arange(16)[None], 16)[0]
+        all_pieces = [
+            attention_shares(
+                model.model.layers[1].mixer, _read(model, piece[None])[1], torch.arange(16)[None], 16
+            )[0]
+            for piece in short_pieces(split_text(tokenizer, TEXT, 131))
+        ]  # fmt: skip
+    torch.testing.assert_close(all_pieces[1], alone)
+    mean_NRR = torch.stack(all_pieces).mean(0).transpose(0, 1)
+    torch.testing.assert_close(found.maps[0].pieces_NRR, mean_NRR, rtol=1e-4, atol=1e-6)
+
+
+def test_short_pieces():
+    tokens = Tokens([9, *range(100, 145)], [""] * 46, [True] + [False] * 45, 46)
+    pieces = short_pieces(tokens)
+    assert pieces.tolist() == [[9, *range(100 + 15 * n, 115 + 15 * n)] for n in range(3)]
+    short = Tokens([9, 100, 101], [""] * 3, [True, False, False], 3)
+    assert short_pieces(short).tolist() == [[9, 100, 101]]
+
+
+def test_models_without_attention_layers():
+    with pytest.raises(ValueError, match=r"no layers of the kind attention \(only gated_deltanet\)"):
+        inspect_text(make_model("gdn", vocab_size=320), make_tokenizer(), TEXT, progress=False)
+
+
+def test_a_text_of_one_token():
+    found = inspect_text(small(), make_tokenizer(), "x", progress=False)
+    assert found.layers[0].end_TH.tolist() == [[1, 1]]
+    assert found.maps[0].text_NRR.tolist() == found.maps[0].pieces_NRR.tolist() == [[[1.0]]] * 6
+    assert page_json(render(found, model="m", text="x"))["position"] == 0
+
+
+# ---- the page as a file ----
+
+BAD = ["</script><script>document.title = 'hacked'</script>", "<img src=x onerror=\"document.title='hacked'\">",
+       "<!--<script>", "&lt;b&gt;", "\u2028", "{{script}}", "a\nb"]  # fmt: skip
+
+
+def made(tokens, heads=2, window=17, sinks=2, budget=5, types=("gated_deltanet", "attention") * 2, group=1, seed=0,
+         maps=False, scorer=True):  # fmt: skip
+    """An inspection of random logits."""
+    generator = torch.Generator().manual_seed(seed)
+    layers, drawn = [], []
+    for layer, kind in enumerate(types):
+        if kind != "attention":
+            continue
+        logits = torch.randn(1, len(tokens), heads, generator=generator) - 0.7 * torch.arange(heads)
+        logits = logits if scorer else None
+        end = lifetimes(
+            logits, batch=1, length=len(tokens), heads=heads, window=window, sinks=sinks, budget=budget
+        )[0]  # fmt: skip
+        layers.append(LayerRecord(layer, logits[0] if scorer else None, end))
+        if maps:
+            weights = torch.rand(heads * group, 16, 16, generator=generator).tril()
+            weights = weights / weights.sum(-1, keepdim=True)
+            drawn.append(AttentionMaps(layer, weights, weights.flip(0)))
+    read = Tokens(list(range(len(tokens))), list(tokens), [False] * len(tokens), len(tokens))
+    return Inspection(read, list(types), heads * group, heads, window, sinks, budget, layers, 3 * maps, drawn)
+
+
+def test_page_holds_the_numbers():
+    found = made([f" w{n}" for n in range(90)])
+    data = page_json(render(found, model="m", text="t.txt", position=41))
+    assert (data["tokens"], data["position"], data["budget"]) == (found.tokens.texts, 41, 5)
+    for record, layer in zip(found.layers, data["layers"], strict=True):
+        assert np.array_equal(numbers(layer["logits"], "<f4").reshape(2, 90).T, record.logits_TH.numpy())
+        assert np.array_equal(numbers(layer["ends"], "<i4").reshape(2, 90).T, record.end_TH.numpy())
+
+
+def test_untrusted_text_is_no_markup():
+    page = render(made(BAD * 5), model="<i>m</i>", text="</title><script>1</script>")
+    assert page.lower().count("<script") == page.lower().count("</script>") == 2, "the page's data and its script"
+    assert "<img src=x" not in page
+    assert "<i>m" not in page
+    assert html.escape("</title><script>1</script>") in page
+    data = page_json(page)
+    assert data["tokens"] == BAD * 5
+    assert json.loads(script_json({"<": "&</script>"})) == {"<": "&</script>"}
+
+
+def test_page_needs_no_network():
+    page = render(made(["a"] * 30, maps=True), model="m", text="t")
+    addresses = set(re.findall(r"(?:https?:)?//[\w.]+\.\w+[^\s\"')]*", page))
+    assert addresses == {"http://www.w3.org/2000/svg"}, "the name of the drawing's vocabulary, which is not fetched"
+    policy = html.unescape(re.search(r'Content-Security-Policy" content="([^"]*)"', page)[1])
+    assert policy.startswith("default-src 'none'; img-src data:;")
+    for tag in ("style", "script"):
+        source = re.search(rf"<{tag}>(.*?)</{tag}>", page, re.S)[1]
+        assert f"{tag}-src 'sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}'" in policy
+
+
+@pytest.mark.parametrize("position", [-1, 30])
+def test_positions_outside_the_text(position):
+    with pytest.raises(ValueError, match=rf"position: {position} .* use 0 to 29"):
+        render(made(["a"] * 30), model="m", text="t", position=position)
+
+
+def test_pictures():
+    weights = torch.tensor([[1.0, 0.0], [0.01, 1e-7]])
+    assert shades(weights, 1e-4).tolist() == [[254, 255], [127, 0]]
+    uri = png_uri(shades(weights, 1e-4))
+    image = Image.open(io.BytesIO(base64.b64decode(uri.removeprefix("data:image/png;base64,")))).convert("RGBA")
+    assert image.size == (2, 2)
+    assert image.getpixel((0, 0)) == (253, 231, 36, 255), "viridis ends in yellow"
+    assert image.getpixel((1, 0))[3] == 0
+    assert image.getpixel((1, 1)) == (68, 1, 84, 255), "and begins in violet"
+
+
+def test_figures(tmp_path):
+    paths = write_figures(made(["a"] * 30, maps=True), tmp_path)
+    assert [path.name for path in paths] == ["layer-01.png", "layer-03.png"]
+    assert all(Image.open(path).width > 200 for path in paths)
+    with pytest.raises(ValueError, match="exists already"):
+        write_figures(made(["a"] * 30, maps=True), tmp_path)
+    with pytest.raises(ValueError, match="no-maps"):
+        write_figures(made(["a"] * 30), tmp_path / "other")
+
+
+# ---- the command ----
+
+
+def run(*args):
+    parser = argparse.ArgumentParser()
+    inspection_cli.add_arguments(parser)
+    return inspection_cli.run_from_arguments(parser.parse_args([str(a) for a in args]))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    small().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_command(saved, tmp_path, capsys):
+    (tmp_path / "t.txt").write_text(TEXT, encoding="utf-8")
+    where = ["--model", saved, "--text", tmp_path / "t.txt", "--out", tmp_path / "page.html", "--tokens", 64]
+    assert run(*where, "--position", 50, "--budget", 2, "--attention-maps", tmp_path / "figures") == 0
+    assert "64 tokens (the first of " in capsys.readouterr().out
+    data = page_json((tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert (data["position"], data["budget"], data["model"], data["text"]) == (50, 2, "tiny", "t.txt")
+    assert len(data["tokens"]) == 64 < data["total"]
+    assert len(data["maps"]) == 2
+    assert len(list((tmp_path / "figures").iterdir())) == 2
+    with pytest.raises(ValueError, match="exists already"):
+        run(*where)
+    assert run(*where, "--overwrite", "--no-maps") == 0
+    assert not page_json((tmp_path / "page.html").read_text(encoding="utf-8"))["maps"]
+
+
+@pytest.mark.parametrize(
+    ("content", "args", "words"),
+    [
+        (None, [], "is no file"),
+        (b"", [], "is empty"),
+        (b"a\0b", [], "byte 1 is NUL"),
+        (b"ab\xff", [], "byte 2 is 0xff"),
+        (b"abc", ["--tokens", 0], "tokens: 0"),
+        (b"abc", ["--position", 70000], "position: 70000"),
+        (b"abc", ["--position", 60], "position: 60 lies outside"),
+        (b"abc", ["--budget", -1], "budget"),
+        (b"abc", ["--no-maps", "--attention-maps", "x"], "attention-maps"),
+        (b"abc", ["--model", "nowhere"], "nowhere is no folder"),
+    ],
+)
+def test_command_refuses(saved, tmp_path, content, args, words):
+    if content is not None:
+        (tmp_path / "t.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        run("--model", saved, "--text", tmp_path / "t.txt", "--out", tmp_path / "p.html", *args)
+    assert not (tmp_path / "p.html").exists()
+
+
+def test_help_is_quick():
+    code = (
+        "import argparse, sys\nfrom eval import inspection_cli\np = argparse.ArgumentParser()\n"
+        "inspection_cli.add_arguments(p)\np.format_help()\n"
+        "print([m for m in ('torch', 'transformers', 'matplotlib') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+# ---- the page in Chromium ----
+
+FLAGS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
+    "--window-size=1300,1000",
+]  # fmt: skip
+WORDS = ["future", "sink", "window", "retained", "evicted", "lost"]
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    chromedriver = shutil.which("chromedriver")
+    if chromium is None or chromedriver is None:
+        pytest.skip("needs Chromium and its driver (Debian: chromium, chromium-driver)")
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in [*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"]:
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(chromedriver))
+    driver.set_script_timeout(60)
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def show(browser, tmp_path):
+    """Opens an inspection; at the end nothing may stand in the console."""
+
+    def show(inspection, **names):
+        file = tmp_path / "page.html"
+        file.write_text(render(inspection, **{"model": "m", "text": "t.txt", **names}), encoding="utf-8")
+        browser.get(file.as_uri())
+        return browser
+
+    browser.get_log("browser")
+    yield show
+    assert browser.get_log("browser") == []
+    names = browser.execute_script("return performance.getEntriesByType('resource').map((e) => e.name)")
+    assert [name for name in names if not name.startswith("data:")] == []
+
+
+def frame(browser):
+    """Waits until what was asked for is drawn."""
+    browser.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
+
+
+def press(browser, *keys, into=None):
+    """Each key is a string, or a tuple of held keys and one more."""
+    from selenium.webdriver import ActionChains
+
+    if into is not None:
+        browser.execute_script("arguments[0].focus()", into)
+    chain = ActionChains(browser)
+    for key in keys:
+        *held, key = [key] if isinstance(key, str) else key
+        for modifier in held:
+            chain.key_down(modifier)
+        chain.send_keys(key)
+        for modifier in held:
+            chain.key_up(modifier)
+    chain.perform()
+    frame(browser)
+
+
+def slide(browser, position):
+    browser.execute_script(
+        "const s = document.getElementById('slider'); s.value = arguments[0];"
+        "s.dispatchEvent(new Event('input', {bubbles: true}))",
+        position,
+    )
+    frame(browser)
+
+
+def kinds_shown(browser):
+    names = browser.execute_script("return [...document.querySelectorAll('#text .t')].map((e) => e.className)")
+    return [WORDS[int(re.search(r"\bs(\d)\b", name)[1])] for name in names]
+
+
+@lru_cache
+def mask_of(inspection, layer):
+    """The rule by its definition, not from lifetimes [H, T, T]."""
+    record = inspection.layers[layer]
+    length, heads = record.end_TH.shape
+    rule = {"window": inspection.window, "sinks": inspection.sinks, "budget": inspection.budget}
+    return visible(record.logits_TH[None], batch=1, length=length, heads=heads, **rule)[0]
+
+
+def kinds_expected(inspection, layer, head, position):
+    mask_HTT = mask_of(inspection, layer)
+    kinds = []
+    for j in range(mask_HTT.shape[1]):
+        since = position - j
+        was = since >= 0 and bool(mask_HTT[head, j:, j].sum() > inspection.window)
+        if since < 0:
+            kinds.append("future")
+        elif j < inspection.sinks:
+            kinds.append("sink")
+        elif since < inspection.window:
+            kinds.append("window")
+        elif mask_HTT[head, position, j]:
+            kinds.append("retained")
+        else:
+            kinds.append("lost" if was else "evicted")
+    return kinds
+
+
+def value(browser, name="slider"):
+    return int(browser.execute_script("return document.getElementById(arguments[0]).value", name))
+
+
+def pressed(browser, group):
+    return browser.execute_script(
+        "return [...document.querySelectorAll(`#${arguments[0]} button`)].findIndex("
+        "(b) => b.getAttribute('aria-pressed') === 'true')",
+        group,
+    )
+
+
+@pytest.fixture(scope="module")
+def sample():
+    return made([f" w{n}" for n in range(150)], heads=3, group=2, maps=True)
+
+
+def test_page_shows_the_rule(show, sample):
+    browser = show(sample, position=120)
+    assert value(browser) == value(browser, "number") == 120
+    assert kinds_shown(browser) == kinds_expected(sample, 0, 0, 120)
+    seen = set()
+    for layer, head, position in [(0, 0, 149), (0, 2, 60), (1, 2, 140), (1, 1, 0), (0, 1, 17)]:
+        browser.execute_script(
+            "document.querySelectorAll('#layers button')[arguments[0]].click();"
+            "document.querySelectorAll('#heads button')[arguments[1]].click()", layer, head,
+        )  # fmt: skip
+        slide(browser, position)
+        expected = kinds_expected(sample, layer, head, position)
+        assert kinds_shown(browser) == expected
+        seen |= set(expected)
+        legend = browser.execute_script(
+            "return [...document.querySelectorAll('#legend li')].map((e) => e.textContent)"
+        )
+        counts = {re.sub(r"^abc| \d+$", "", text): int(text.split()[-1]) for text in legend}
+        names = dict(
+            zip(WORDS, ["not read yet", "sink", "window", "retained", "evicted", "evicted later"], strict=True)
+        )
+        assert counts == {name: expected.count(word) for word, name in names.items()}
+        bars = browser.execute_script("return [...document.querySelectorAll('#bars button')].map((e) => e.ariaLabel)")
+        held = [kinds_expected(sample, n, h, position).count("retained") for n in (0, 1) for h in range(3)]
+        assert [int(re.search(r"(\d+) retained", label)[1]) for label in bars] == held
+    assert seen == set(WORDS)
+    assert browser.execute_script("return document.querySelector('#text .here').textContent") == " w17"
+
+
+def test_layers_of_other_kinds_are_listed(show, sample):
+    browser = show(sample)
+    names = browser.execute_script(
+        "return [...document.querySelectorAll('#layers > *')].map((e) => [e.localName, e.textContent])"
+    )
+    assert names == [["span", "0 GDN"], ["button", "1 attention"], ["span", "2 GDN"], ["button", "3 attention"]]
+
+
+def test_keyboard(show, sample):
+    from selenium.webdriver.common.keys import Keys
+
+    browser = show(sample, position=100)
+    press(browser, Keys.ARROW_LEFT, Keys.ARROW_LEFT, Keys.ARROW_RIGHT)
+    assert value(browser) == 99
+    assert kinds_shown(browser) == kinds_expected(sample, 0, 0, 99)
+    moves = [("]", 1, 0), ("l", 2, 0), ("l", 0, 0), ("h", 2, 0), ("[", 1, 0), ("j", 1, 1), ("j", 1, 0), ("k", 1, 1)]
+    for key, head, layer in moves:
+        press(browser, key)
+        assert (pressed(browser, "heads"), pressed(browser, "layers")) == (head, layer), key
+        assert kinds_shown(browser) == kinds_expected(sample, layer, head, 99)
+    slider = browser.find_element("id", "slider")
+    press(browser, Keys.HOME, into=slider)
+    assert value(browser) == 0
+    press(browser, Keys.ARROW_LEFT)
+    assert value(browser) == 0
+    press(browser, Keys.END, (Keys.SHIFT, Keys.ARROW_LEFT))
+    assert value(browser) == 147
+    press(browser, (Keys.CONTROL, "a"), "64", into=browser.find_element("id", "number"))
+    assert value(browser) == 64
+    press(browser, Keys.ARROW_UP)
+    assert value(browser) == 65
+    retained = [j for j, kind in enumerate(kinds_expected(sample, 1, 1, 65)) if kind == "retained"]
+    browser.execute_script("document.activeElement.blur()")
+    for key, j in (("n", retained[0]), ("n", retained[1]), ("p", retained[0]), ("p", retained[-1])):
+        press(browser, key)
+        assert browser.execute_script("return document.querySelector('#token dd').textContent") == str(j)
+        assert browser.execute_script("return document.querySelector('#text .shown').textContent") == f" w{j}"
+
+
+def test_focus_is_visible_and_everything_has_a_name(show, sample):
+    from selenium.webdriver.common.keys import Keys
+
+    browser = show(sample)
+    stops = []
+    for _ in range(8):
+        press(browser, Keys.TAB)
+        stops.append(browser.execute_script(
+            "const e = document.activeElement; return [e.id || e.parentNode.id, getComputedStyle(e).outlineStyle,"
+            "getComputedStyle(e).outlineWidth]"
+        ))  # fmt: skip
+    assert [name for name, *_ in stops[:5]] == ["layers", "heads", "slider", "number", "text"]
+    assert all(style == "solid" and width == "3px" for _, style, width in stops[:5])
+    nameless = browser.execute_script(
+        "return [...document.querySelectorAll('button, input, [role=img], [role=group], [role=region], svg, img')].filter("
+        "(e) => !(e.ariaLabel || e.getAttribute('aria-labelledby') || e.alt || e.textContent.trim() ||"
+        "e.labels?.length || e.closest('button')?.ariaLabel)).map((e) => e.outerHTML)"
+    )
+    assert nameless == []
+
+
+def test_hover_and_click(show, sample):
+    from selenium.webdriver import ActionChains
+
+    browser = show(sample, position=140)
+    span = browser.find_elements("css selector", "#text .t")[31]
+    ActionChains(browser).move_to_element(span).perform()
+    tip = browser.find_element("id", "tip")
+    logit = float(sample.layers[0].logits_TH[31, 0])
+    assert tip.is_displayed()
+    assert "token: 31" in tip.text
+    assert f"{1 / (1 + np.exp(-logit)):.3f} (logit {logit:.3f})" in tip.text
+    kind = kinds_expected(sample, 0, 0, 140)[31]
+    assert f"at the position: {'evicted later' if kind == 'lost' else kind}" in tip.text
+    span.click()
+    frame(browser)
+    assert value(browser) == 31
+    ActionChains(browser).move_to_element(browser.find_element("tag name", "h1")).perform()
+    assert not tip.is_displayed()
+    assert browser.execute_script("return document.querySelector('#token dd').textContent") == "31"
+
+
+def test_charts_and_maps_follow_the_choice(show, sample):
+    browser = show(sample)
+    state = "return [document.querySelector('#history .one').getAttribute('d'), document.querySelector('#history svg').ariaLabel,"
+    state += "...[...document.querySelectorAll('#maps-large img')].map((e) => e.src), document.getElementById('strip').toDataURL()]"
+    frame(browser)
+    first = browser.execute_script(state)
+    press(browser, "l")
+    second = browser.execute_script(state)
+    assert all(a != b for a, b in zip(first, second, strict=True))
+    # query heads 2 and 3 belong to KV head 1
+    assert second[2] == page_json(render(sample, model="m", text="t"))["maps"][0]["pieces"][2]
+    images = browser.execute_script(
+        "return [...document.querySelectorAll('#maps img')].map((e) => [e.complete, e.naturalWidth])"
+    )
+    assert len(images) == 2 * 2 + 2 * 6
+    assert all(width >= 16 for complete, width in images if complete)
+    browser.execute_script("document.querySelectorAll('#maps-small button')[9].click()")
+    frame(browser)
+    assert (pressed(browser, "layers"), pressed(browser, "heads")) == (1, 1)
+    assert "layer 3, query head 3" in browser.find_element("css selector", "#maps-large figcaption").text
+    slide(browser, 70)
+    held = kinds_expected(sample, 1, 1, 70).count("retained")
+    assert f"layer 3, KV head 1: {held} retained" in browser.execute_script(
+        "return document.querySelector('#bars [aria-pressed=true]').ariaLabel"
+    )
+
+
+def test_untrusted_text_in_the_browser(show):
+    browser = show(made(BAD * 5), model="<i>m</i>", text="<b>t</b>", position=6)
+    texts = browser.execute_script("return [...document.querySelectorAll('#text .t')].map((e) => e.textContent)")
+    assert texts == BAD * 5
+    assert "hacked" not in browser.title
+    for j in range(len(BAD)):
+        slide(browser, j)
+    assert browser.execute_script("return document.querySelectorAll('#text img, #about b, #token img').length") == 0
+    assert "<i>m</i> read 35 tokens of <b>t</b>" in browser.find_element("id", "about").text
+
+
+@pytest.mark.parametrize("window", [17, None])
+def test_models_without_a_scorer(show, window):
+    found = made(["a"] * 60, window=window, budget=0, scorer=False, types=("nsa", "attention"))
+    browser = show(found)
+    frame(browser)
+    shown = kinds_shown(browser)
+    assert shown.count("retained") == 0
+    assert shown.count("window") == (17 if window else 58)
+    assert "none: the layer has no scorer" in browser.find_element("id", "token").text
+    assert "NSA" in browser.find_element("id", "about").text
+
+
+def test_dark_and_light(show, sample):
+    browser = show(sample)
+    colours = []
+    for scheme in ("light", "dark"):
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        frame(browser)
+        colours.append(browser.execute_script(
+            "return [getComputedStyle(document.body).backgroundColor, document.getElementById('strip').toDataURL()]"
+        ))  # fmt: skip
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    assert colours[0][0] == "rgb(255, 255, 255)"
+    assert colours[1][0] == "rgb(20, 23, 26)"
+    assert colours[0][1] != colours[1][1], "the drawing changes its colours too"
+
+
+def test_eight_thousand_tokens_stay_fluid(show):
+    """From the slider to the picture: less than 50 ms of the page's thread, for steps and for jumps."""
+    words = "the of and retention window a sink token memory state".split()
+    found = made([f" {words[n * n % 10]}" for n in range(8192)], heads=8, window=768, sinks=4, budget=512)
+    browser = show(found, position=4000)
+    browser.execute_cdp_cmd("Performance.enable", {"timeDomain": "threadTicks"})
+    used = lambda: {m["name"]: m["value"] for m in browser.execute_cdp_cmd("Performance.getMetrics", {})["metrics"]}
+    for place in ("3000 + n", "(n * 3571) % 8192"):
+        before = used()["TaskDuration"]
+        browser.execute_async_script(
+            "const done = arguments[0], slider = document.getElementById('slider'); let n = 0;"
+            "const step = () => { if (++n > 30) return done();"
+            f"slider.value = {place}; slider.dispatchEvent(new Event('input', {{bubbles: true}}));"
+            "requestAnimationFrame(() => setTimeout(step, 20)) }; step()"
+        )
+        each = (used()["TaskDuration"] - before) / 30
+        assert each < 0.05, f"{place}: {1000 * each:.0f} ms"
+    browser.execute_cdp_cmd("Performance.disable", {})
+    assert value(browser) == 30 * 3571 % 8192
+    start = time.monotonic()
+    browser.refresh()
+    frame(browser)
+    assert time.monotonic() - start < 20
