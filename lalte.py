@@ -78,6 +78,17 @@ def _eval_arguments(parser: argparse.ArgumentParser) -> None:
     _add_commands(parser, EVALUATIONS, "EVALUATION")
 
 
+# ---- lalte bench ----
+
+
+def _bench_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Measures ours and others in one run, and writes the times as JSON. Each has a --help of its own."
+    )
+    parser.epilog = "example:\n  lalte bench attention --quick"
+    _add_commands(parser, BENCHMARKS, "BENCHMARK")
+
+
 # ---- lalte generate ----
 
 
@@ -225,33 +236,71 @@ class Command:
     run: Callable[[argparse.Namespace], int] | None = None
 
 
-def _command_of(module: str, help: str) -> Command:
-    """The command of a module that imports nothing heavy, with functions `add_arguments` and `run_from_arguments`."""
+def _command_of(module: str, help: str, prefix: str = "") -> Command:
+    """The command of a module with functions `add_arguments` and `run_from_arguments`, loaded when it is asked for.
+
+    Args:
+        prefix: of the functions' middle, where a module serves two commands: `import` has `add_import_arguments` and
+            `import_from_arguments`.
+    """
+    add, run = (
+        (f"add_{prefix}_arguments", f"{prefix}_from_arguments") if prefix else ("add_arguments", "run_from_arguments")
+    )
     return Command(
         help,
-        lambda parser: importlib.import_module(module).add_arguments(parser),
-        lambda args: importlib.import_module(module).run_from_arguments(args),
+        lambda parser: getattr(importlib.import_module(module), add)(parser),
+        lambda args: getattr(importlib.import_module(module), run)(args),
     )
 
 
 EVALUATIONS = {
     "niah": _command_of("eval.niah_cli", "needles in haystacks: does the model find a sentence far back?"),
+    "evaporate": _command_of("eval.evaporate_cli", "does the model find a value in a document (FDA, SWDE, SQuAD)?"),
+    "build": _command_of("eval.build_cli", "make the data of `evaporate` from raw files"),
+    "lm": _command_of("eval.harness_cli", "tasks of lm-evaluation-harness, such as arc_easy"),
+    "perplexity": _command_of("eval.perplexity_cli", "perplexity of an endless text, over the position in it"),
+    "streameval": _command_of("eval.streameval_cli", "an endless record: is a line from before still known?"),
+    "compare": _command_of("eval.compare_cli", "join the results of several runs into one table and figures"),
+}
+BENCHMARKS = {
+    "attention": _command_of("benchmarks.attention", "the attention op, forward and backward, beside its peers"),
+    "train": _command_of("benchmarks.train", "training steps of models of equal size"),
+    "prefill": _command_of("benchmarks.prefill", "prompts of growing length"),
+    "decode": _command_of("benchmarks.decode", "milliseconds a token, after texts of growing length"),
+    "coldstart": _command_of("benchmarks.coldstart", "from an empty kernel cache to the first training step"),
+    "streaming": _command_of("benchmarks.streaming", "StreamingLLM caches on a pretrained model, beside its peers"),
 }
 COMMANDS = {
     "train": Command("train a model from a YAML file", _train_arguments, _train),
     "eval": Command("measure a trained model", _eval_arguments),
     "generate": Command("continue a text, at constant memory", _generate_arguments, _generate),
+    "inspect": _command_of("eval.inspection_cli", "a page that shows which tokens of a text each head kept"),
     "info": Command("parameters and cache bytes of a model", _info_arguments, _info),
+    "import": _command_of("models.conversion_cli", "convert a checkpoint of another project into ours", "import"),
+    "export": _command_of("models.conversion_cli", "convert a model of ours for another project", "export"),
+    "bench": Command("measure speed and memory side by side", _bench_arguments),
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose command adds its arguments when it is chosen, so that nothing else is imported."""
+
+    command: Command | None = None
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self.command is not None:
+            command, self.command = self.command, None
+            command.add_arguments(self)
+        return super().parse_known_args(args, namespace)
+
+
 def _add_commands(parser: argparse.ArgumentParser, commands: dict[str, Command], name: str) -> None:
-    places = parser.add_subparsers(title=name.lower() + "s", metavar=name, required=True)
+    places = parser.add_subparsers(title=name.lower() + "s", metavar=name, required=True, parser_class=_Parser)
     for word, command in commands.items():
         formatter = argparse.RawDescriptionHelpFormatter
         child = places.add_parser(word, help=command.help, formatter_class=formatter, allow_abbrev=False)
         child.add_argument("--debug", action="store_true", help="show where an error arose")
-        command.add_arguments(child)
+        child.command = command
         if command.run is not None:
             child.set_defaults(run=command.run)
 

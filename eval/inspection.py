@@ -69,8 +69,8 @@ class AttentionMaps:
     Attributes:
         layer: its number, from 0.
         pieces_NRR: [N, R, R] mean over short pieces of the text, each read alone; row: query, column: key.
-        text_NRR: [N, R, R] of the whole text in R stretches: mean over a stretch's queries of the weight that all keys
-            of another stretch get together.
+        text_NRR: [N, R, R] of the whole text in R stretches: mean over a stretch's queries of the weight that all
+            keys of another stretch get together.
     """
 
     layer: int

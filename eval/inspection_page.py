@@ -182,7 +182,9 @@ def render(inspection: Inspection, *, model: str, text: str, position: int | Non
     length = len(inspection.tokens.ids)
     check_position(position, length)
     folder = files(__package__)
-    parts = {name: (folder / f"inspection.{name}").read_text(encoding="utf-8") for name in ("html", "css", "js")}
+    read = lambda name: (folder / name).read_text(encoding="utf-8")
+    parts = {name: read(f"inspection.{name}") for name in ("html", "css")}
+    parts["js"] = read("inspection.js") + read("inspection_charts.js")
     data = page_data(inspection, model=model, text=text, position=length - 1 if position is None else position)
     slots = {
         "title": html.escape(f"{text}: what {model} kept"),

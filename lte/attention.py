@@ -168,7 +168,9 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, end: Tensor, scale: float) -> Te
     group = query_heads // heads
     dtype = torch.promote_types(q.dtype, torch.float32)
     # finite, so that a row without keys is no NaN; it is zeroed below
-    bias_BHQK = torch.where(visible_pairs(end, queries), 0.0, torch.finfo(dtype).min / 2).to(dtype)
+    hidden_BHQK = ~visible_pairs(end, queries)
+    bias_BHQK = torch.zeros(hidden_BHQK.shape, dtype=dtype, device=q.device)
+    bias_BHQK.masked_fill_(hidden_BHQK, torch.finfo(dtype).min / 2)
 
     def per_group(x_BTHD: Tensor) -> Tensor:
         """[B * H, G, T, D]: the heads of a group share a mask, and KV heads are not copied."""
