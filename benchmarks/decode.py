@@ -59,6 +59,15 @@ def time_tokens(model: nn.Module, cache: HybridCache, batch: int, count: int, wa
     return Timing.of([a.elapsed_time(b) if cuda else b - a for a, b in pairwise(stamps[warmup:])])
 
 
+def _obstacle(model: nn.Module, cache: HybridCache) -> str | None:
+    """Why steps aren't replayed as a CUDA graph; None if they are."""
+    if model.device.type != "cuda":
+        return "no CUDA device"
+    from models.decode_step import obstacle
+
+    return obstacle(model, cache)
+
+
 def bytes_of_step(model: nn.Module, cache: HybridCache) -> int:
     """Bytes that a step reads at least: every weight but unused rows of an embedding of its own, and the cache."""
     weights = weight_bytes(model)
@@ -91,7 +100,15 @@ def time_system(
     bench.add(f"{case} p99", system, "ms", p99, p99, p99, timing.n)
     read = bytes_of_step(model, cache)
     share = read / (timing.median / 1e3) / bandwidth if bandwidth else None
-    bench.note(case, system, filled=True, step_bytes=read, copy_bytes_per_s=bandwidth, bandwidth_share=share)
+    bench.note(
+        case,
+        system,
+        filled=True,
+        without_graph=_obstacle(model, cache),
+        step_bytes=read,
+        copy_bytes_per_s=bandwidth,
+        bandwidth_share=share,
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

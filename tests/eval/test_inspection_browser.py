@@ -30,6 +30,7 @@ def browser(tmp_path_factory):
     chromedriver = shutil.which("chromedriver")
     if chromium is None or chromedriver is None:
         pytest.skip("needs Chromium and its driver (Debian: chromium, chromium-driver)")
+    pytest.importorskip("selenium", reason="needs selenium: pip install -e '.[browser]'")
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
