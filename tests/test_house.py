@@ -16,7 +16,7 @@ ALLOWED = {
     "models": {"lte", "models"},
     "training": {"lte", "models", "training"},
     "eval": {"lte", "models", "eval"},
-    "lalte": {"lte", "models", "training", "eval"},
+    "lalte": {"lte", "models", "training", "eval", "benchmarks"},
 }
 FILES = sorted([ROOT / "lalte.py", *(file for package in PACKAGES for file in (ROOT / package).rglob("*.py"))])
 
