@@ -26,8 +26,7 @@ RUNS = Path("runs") / "quickstart"
 
 # haystack steps: by definition essays grow by 500 words, which would leave 1,024 tokens almost empty
 TASKS = (("niah_single_1", None), ("niah_multikey_1", 50))
-SEED = 0
-SAMPLES, SAMPLES_RECORDED = 10, 20  # the first ten are the same
+SAMPLES, SEED = 20, 0
 CACHE_LENGTHS = (1024, 8192, 32768)
 
 # one minute of training on two cores: the first, easiest stage of the recipe, with fewer rows
@@ -44,7 +43,7 @@ SHOW = (
     "needles.variants=[]",
     "batch.sequences=4",
     "optimizer.warmup_steps=20",
-    "steps=80",
+    "steps=200",
     "log.every=10",
     "log.tensorboard=false",
     "precision=fp32",
@@ -74,19 +73,17 @@ def train_for_show() -> tuple[float, float]:
     return log[0]["lm_loss"], log[-1]["lm_loss"]
 
 
-def beyond_window(tokenizer: Any, task: str, length: int, samples: int, step: int | None, window: int) -> list[bool]:
+def beyond_window(tokenizer: Any, task: str, length: int, step: int | None, window: int) -> list[bool]:
     """Whether the value asked for lies further back than the window from the first answer token, by sample."""
     from eval.needles import make_samples
 
     def distance(sample: Any) -> int:
         return len(tokenizer(sample.text[sample.text.index(sample.outputs[0]) :]).input_ids)
 
-    return [distance(s) > window for s in make_samples(task, tokenizer, length, samples, SEED, step=step)]
+    return [distance(s) > window for s in make_samples(task, tokenizer, length, SAMPLES, SEED, step=step)]
 
 
-def measure(
-    model: Any, tokenizer: Any, system: str, budget: int | None, samples: int, out: Path, rule: Any
-) -> list[dict]:
+def measure(model: Any, tokenizer: Any, system: str, budget: int | None, out: Path, rule: Any) -> list[dict]:
     """Accuracy rows of one system: all samples, and those whose needle the window of `rule` can't reach."""
     from eval.niah import run_niah
     from eval.results import row, wilson
@@ -95,13 +92,13 @@ def measure(
     for task, step in TASKS:
         folder = out / task
         content = run_niah(
-            model, tokenizer, [task], lengths, samples, SEED, samples, folder, budget=budget, step=step, system=system
+            model, tokenizer, [task], lengths, SAMPLES, SEED, SAMPLES, folder, budget=budget, step=step, system=system
         )
         rows += content["rows"]
         for length in lengths:
             log = (folder / "samples" / f"{task}-L{length}.jsonl").read_text()
             answers = [json.loads(line) for line in log.splitlines()]
-            far = beyond_window(tokenizer, task, length, samples, step, rule.window)
+            far = beyond_window(tokenizer, task, length, step, rule.window)
             scores = [one["score"] for one in answers if one["error"] is None and far[one["index"]]]
             if scores:
                 low, high = wilson(sum(scores), len(scores))
@@ -117,12 +114,8 @@ def record(folder: str, system: str) -> None:
     from models.config import load_config
 
     model, tokenizer = lalte.load(folder, "cpu", "float32")
-    rows = measure(
-        model, tokenizer, system, None, SAMPLES_RECORDED, RUNS / f"record-{system}", load_config(CHECKPOINT)
-    )
-    content = result(
-        "quickstart", rows, config={"tasks": TASKS, "samples": SAMPLES_RECORDED, "seed": SEED}, device="cpu"
-    )
+    rows = measure(model, tokenizer, system, None, RUNS / f"record-{system}", load_config(CHECKPOINT))
+    content = result("quickstart", rows, config={"tasks": TASKS, "samples": SAMPLES, "seed": SEED}, device="cpu")
     write_json(RECORDS / f"{system}.json", content, overwrite=True)
 
 
@@ -191,7 +184,7 @@ def quickstart() -> None:
     for system, budget in (("lalte", None), ("lalte, budget 0", 0)):
         out = RUNS / "niah" / ("lalte" if budget is None else "lalte-budget-0")
         shutil.rmtree(out, ignore_errors=True)
-        rows += measure(model, tokenizer, system, budget, SAMPLES, out, model.config)
+        rows += measure(model, tokenizer, system, budget, out, model.config)
 
     heading("3. Writing after a long prompt")
     generate(model, tokenizer)
@@ -203,7 +196,7 @@ def quickstart() -> None:
         [
             "| | loss at the start | at the end |",
             "|---|---|---|",
-            f"| trained here, for show, 80 small steps | {first:.2f} | {last:.2f} |",
+            f"| trained here, for show, 200 small steps | {first:.2f} | {last:.2f} |",
             f"| the shipped model (recorded), {log[-1]['step']:,} steps, {log[-1]['tokens'] / 1e6:.0f} M tokens | "
             f"{log[0]['lm_loss']:.2f} | {log[-1]['lm_loss']:.3f} |",
             "",
