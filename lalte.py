@@ -1,5 +1,5 @@
-"""The public face: `import lalte` registers the models with transformers' Auto classes; `load` loads one; `main` is
-the command `lalte`.
+"""The public face: `import lalte` registers the models with transformers' Auto classes; `load` loads one; `stream`
+gives a pretrained model of another kind a cache of fixed size; `main` is the command `lalte`.
 
     import lalte
     model, tokenizer = lalte.load("runs/quickstart")
@@ -38,6 +38,13 @@ def load(folder: str | Path, device: Any = "auto", dtype: Any = "auto") -> tuple
     from models.loading import load
 
     return load(folder, device, dtype)
+
+
+def stream(model: Any, sinks: int = 4, window: int = 1020) -> Any:
+    """A cache that lets a pretrained transformers model stream at constant memory; see `models.streaming.stream`."""
+    from models.streaming import stream
+
+    return stream(model, sinks, window)
 
 
 # ---- lalte train ----
