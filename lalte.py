@@ -40,11 +40,11 @@ def load(folder: str | Path, device: Any = "auto", dtype: Any = "auto") -> tuple
     return load(folder, device, dtype)
 
 
-def stream(model: Any, sinks: int = 4, window: int = 1020) -> Any:
+def stream(model: Any, sinks: int = 4, window: int = 1020, budget: int = 0, retention: str | None = None) -> Any:
     """A cache that lets a pretrained transformers model stream at constant memory; see `models.streaming.stream`."""
     from models.streaming import stream
 
-    return stream(model, sinks, window)
+    return stream(model, sinks, window, budget, retention)
 
 
 # ---- lalte train ----

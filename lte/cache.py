@@ -124,19 +124,29 @@ class RetainedCache:
                 cache_step(self, k[:, 0], v[:, 0], scores_BH=None if logits is None else logits[:, 0])
                 self.seen += 1
             else:
-                self._step(k.transpose(1, 2), v.transpose(1, 2), logits)
+                self.step(k.transpose(1, 2), v.transpose(1, 2), logits)
             end_BSH = torch.where(self.positions >= 0, NEVER, 0).transpose(1, 2)
             return Span(self.k.transpose(1, 2), self.v.transpose(1, 2), end_BSH.int(), self.positions.transpose(1, 2))
         return self._chunk(k.transpose(1, 2), v.transpose(1, 2), logits, lengths)
 
-    def _step(self, k_BH1D: Tensor, v_BH1D: Tensor, logits_B1H: Tensor | None) -> None:
-        """One token for every row: evict, insert, score."""
+    def step(
+        self, k_BH1D: Tensor, v_BH1D: Tensor, logits_B1H: Tensor | None = None, real_B: Tensor | None = None
+    ) -> None:
+        """One token for every row, or for the rows that are true in real_B: evict, insert, score.
+
+        Never waits for the device, with `real_B` either.
+        """
         first_retained, first_ring = self.sinks, self.sinks + self.budget
         heads, dim = k_BH1D.shape[1], k_BH1D.shape[3]
 
         def per_head(x_B: Tensor) -> Tensor:
             return x_B[:, None, None].expand(-1, heads, 1)
 
+        def write(x: Tensor, index: Tensor, new: Tensor, where: Tensor | None) -> None:
+            x.scatter_(2, index, new if where is None else torch.where(where, new, x.gather(2, index)))
+
+        real = None if real_B is None else per_head(real_B)
+        real_row = None if real is None else real[..., None]
         ring = first_ring + self.seen % self.window
         retains = logits_B1H is not None and self.budget > 0
         if retains:
@@ -149,28 +159,28 @@ class RetainedCache:
             # among equal logits the larger position ranks lower
             target = torch.where(held == lowest, held_position, -2).argmax(-1, keepdim=True)
             enters = (logit > 0) & (logit > lowest)
+            if real is not None:
+                enters = enters & real
             target = first_retained + target
             row = target[..., None].expand(-1, -1, -1, dim)
             row_leaving = leaving[..., None].expand(-1, -1, -1, dim)
             for x in (self.k, self.v):
-                x.scatter_(2, row, torch.where(enters[..., None], x.gather(2, row_leaving), x.gather(2, row)))
+                write(x, row, x.gather(2, row_leaving), enters[..., None])
             for x in (self.positions, self.logits):
-                x.scatter_(2, target, torch.where(enters, x.gather(2, leaving), x.gather(2, target)))
+                write(x, target, x.gather(2, leaving), enters)
         slot = per_head(torch.where(self.seen < self.sinks, self.seen, ring))
         row = slot[..., None].expand(-1, -1, -1, dim)
-        self.k.scatter_(2, row, k_BH1D.to(self.k.dtype))
-        self.v.scatter_(2, row, v_BH1D.to(self.v.dtype))
-        self.positions.scatter_(2, slot, per_head(self.seen))
-        self.logits.scatter_(2, slot, torch.full_like(slot, -torch.inf, dtype=torch.float32))
+        write(self.k, row, k_BH1D.to(self.k.dtype), real_row)
+        write(self.v, row, v_BH1D.to(self.v.dtype), real_row)
+        write(self.positions, slot, per_head(self.seen), real)
+        write(self.logits, slot, torch.full_like(slot, -torch.inf, dtype=torch.float32), real)
         if retains:
             # last: without lookahead the score is that of the token just inserted
             scored_B = self.seen - self.lookahead
             slot = per_head(first_ring + scored_B.clamp(min=0) % self.window)
-            fresh = logits_B1H.transpose(1, 2).float()
-            self.logits.scatter_(
-                2, slot, torch.where(per_head(scored_B >= self.sinks), fresh, self.logits.gather(2, slot))
-            )
-        self.seen += 1
+            known = per_head(scored_B >= self.sinks)
+            write(self.logits, slot, logits_B1H.transpose(1, 2).float(), known if real is None else known & real)
+        self.seen += 1 if real_B is None else real_B
 
     def _chunk(self, k_BHTD: Tensor, v_BHTD: Tensor, logits_BTH: Tensor | None, lengths_B: Tensor | None) -> Span:
         heads, length = k_BHTD.shape[1:3]

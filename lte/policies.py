@@ -202,16 +202,35 @@ def observed_attention(
     outputs = []
     for t in range(q.shape[1]):
         token = slice(t, t + 1)
-        real_B = None if lengths is None else (lengths > t).to(torch.int64)
-        _advance(cache, policy, k[:, token], v[:, token], real_B)
+        real_B = None if lengths is None else lengths > t
+        advance(cache, policy, k[:, token], v[:, token], real_B)
         outputs.append(_read(cache, policy, q[:, token], real_B, frequencies, scale))
     return torch.cat(outputs, 1)
 
 
-def _advance(cache: RetainedCache, policy: Policy, k_B1HD: Tensor, v_B1HD: Tensor, real_B: Tensor | None) -> None:
-    """One token of the rows that have one: evict by the ranks so far, and insert."""
+def advance(
+    cache: RetainedCache, policy: Policy, k_B1HD: Tensor, v_B1HD: Tensor, real_B: Tensor | None = None
+) -> None:
+    """One token of every row, or of those that are true in real_B: evict by the ranks so far, and insert."""
     ranks_B1H = policy.ranks(Arrivals(k_B1HD, cache.seen[:, None]))
-    cache.append(k_B1HD, v_B1HD, ranks_B1H, real_B)
+    if real_B is None:
+        cache.append(k_B1HD, v_B1HD, ranks_B1H)
+    else:
+        cache.step(k_B1HD.transpose(1, 2), v_B1HD.transpose(1, 2), ranks_B1H, real_B)
+
+
+def note_weights(cache: RetainedCache, policy: Policy, weights_BHGS: Tensor, real_B: Tensor | None = None) -> None:
+    """Let an observing policy change the ranks of the cached tokens after their newest query has read the slots.
+
+    Args:
+        weights_BHGS: attention weights of the query, 0 for empty slots.
+        real_B: rows that had a query; None: all.
+    """
+    changing_BHS = cache.positions >= cache.sinks
+    if real_B is not None:
+        changing_BHS = changing_BHS & real_B[:, None, None]
+    ranks_BHS = policy.observe(cache.logits, weights_BHGS.detach().float()).clamp(min=_LOWEST_RANK)
+    cache.logits.copy_(torch.where(changing_BHS, ranks_BHS, cache.logits))
 
 
 def _read(
@@ -233,11 +252,7 @@ def _read(
     score_BHGS = q_BHGD @ k_BHSD.mT * (dim**-0.5 if scale is None else scale)
     score_BHGS = score_BHGS.masked_fill(~held_BHS[:, :, None], -torch.inf)
     weights_BHGS = score_BHGS.softmax(-1).nan_to_num(0.0)  # a row without tokens reads nothing
-    changing_BHS = cache.positions >= cache.sinks
-    if real_B is not None:
-        changing_BHS = changing_BHS & (real_B > 0)[:, None, None]
-    ranks_BHS = policy.observe(cache.logits, weights_BHGS.detach().float()).clamp(min=_LOWEST_RANK)
-    cache.logits.copy_(torch.where(changing_BHS, ranks_BHS, cache.logits))
+    note_weights(cache, policy, weights_BHGS, real_B)
     return (weights_BHGS @ v_BHSD).reshape(batch, 1, query_heads, dim).to(q_B1ND.dtype)
 
 
@@ -289,12 +304,12 @@ def observed_lifetimes(
     end_RHL = torch.zeros(rows, heads, longest, dtype=torch.int64, device=k.device)
     for t in range(longest):
         token = slice(t, t + 1)
-        real_R = None if lengths is None else (lengths > t).to(torch.int64)
-        _advance(cache, policy, k[:, token], k[:, token], real_R)
+        real_R = None if lengths is None else lengths > t
+        advance(cache, policy, k[:, token], k[:, token], real_R)
         _read(cache, policy, q[:, token], real_R, frequencies, scale)
         reads = cache.positions >= 0
         if real_R is not None:
-            reads = reads & (real_R > 0)[:, None, None]
+            reads = reads & real_R[:, None, None]
         end_RHL.scatter_reduce_(2, cache.positions.clamp(min=0), torch.where(reads, t + 1, 0), "amax")
     end_BTH = end_RHL.transpose(1, 2)[row_BT, position_BT] + start_BT1
     return end_BTH.minimum(layout.document_ends(batch, length, k.device)[..., None]).to(torch.int32)

@@ -1,8 +1,8 @@
 """Endless text through decoders that are already trained (StreamingLLM, arXiv 2309.17453).
 
-The cache keeps the first `sinks` tokens and the last `window`, and a key's position is its place among the kept
-ones (section 3.2 there): keys are stored unrotated and rotated when they are read. docs/streaming.md tells how a
-model of transformers is brought to do so.
+The cache keeps the first `sinks` tokens, the last `window`, and on request `budget` others, and a key's position is
+its place among the kept ones (section 3.2 there): keys are stored unrotated and rotated when they are read.
+docs/streaming.md tells how a model of transformers is brought to do so.
 
 Shapes: B batch, T tokens.
 """
@@ -17,34 +17,44 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from models.streaming_architectures import Family, encoding_of, family_of
-from models.streaming_cache import PIECE, StreamingCache, StreamingStep, plan_piece, plan_token
+from models.streaming_cache import PIECE, StreamingCache, StreamingStep
+from models.streaming_retention import RetainingCache, policy_of
 
 
-def stream(model: PreTrainedModel, sinks: int = 4, window: int = 1020) -> StreamingCache:
+def stream(
+    model: PreTrainedModel, sinks: int = 4, window: int = 1020, budget: int = 0, retention: str | None = None
+) -> StreamingCache:
     """A cache of constant size with which a pretrained decoder reads and writes without end (arXiv 2309.17453).
 
-    Pass it as `past_key_values` to the model or to `generate`, and again for the next turn. Until sinks + window
-    tokens were read, the model computes what it always does; later each query reads the first `sinks` tokens and
-    the last `window` (its own included) at positions 0 to sinks + window - 1. Without this cache the model works
-    as before.
+    Pass it as `past_key_values` to the model or to `generate`, and again for the next turn. Until the cache is full,
+    the model computes what it always does; later each query reads the first `sinks` tokens and the last `window`
+    (its own included), and of those between the two the `budget` that a policy chose for each KV head, at places
+    counted in the cache. Without this cache the model works as before.
 
     Args:
         model: a Llama, Mistral, Qwen2, Qwen3, GPT-NeoX, Falcon or MPT model for causal language modelling.
         sinks: first tokens of every row that are never dropped.
         window: last tokens that are kept.
+        budget: tokens of each KV head that are retained beyond the window.
+        retention: what chooses them: `h2o`, `tova`, `key_norm`, `random` or `recency` (lte/policies.py).
 
     Raises:
-        ValueError: another architecture, numbers that make no cache, or a config whose positions can't be counted
-            inside a cache of that size.
+        ValueError: another architecture, numbers that make no cache, a policy that is unknown or can't be fed, or a
+            config whose positions can't be counted inside a cache of that size.
     """
     family = family_of(model)
-    for name, value, least in (("sinks", sinks, 0), ("window", window, 1)):
+    for name, value, least in (("sinks", sinks, 0), ("window", window, 1), ("budget", budget, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name}={value!r}: must be a whole number of {least} or more tokens")
+    policy = policy_of(retention, budget)
     devices = sorted({str(parameter.device) for parameter in model.base_model.parameters()})
     if len(devices) > 1:
         raise ValueError(f"model: lies on {', '.join(devices)}; a streaming cache needs it on one device")
-    cache = StreamingCache(model, sinks, window, encoding_of(model, sinks + window), len(family.modules(model)))
+    encoding, layers = encoding_of(model, sinks, window, budget), len(family.modules(model))
+    if policy is None:
+        cache = StreamingCache(model, sinks, window, encoding, layers)
+    else:
+        cache = RetainingCache(model, sinks, window, encoding, layers, budget, policy)
     _prepare(model, family)
     return cache
 
@@ -95,9 +105,7 @@ def _begin(base: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | N
     for first in range(0, length, PIECE):
         last = min(first + PIECE, length)
         real = None if real_BT is None else real_BT[:, first:last]
-        plan = plan_token(cache, real) if last - first == 1 else plan_piece(cache, real, last - first)
-        new_B = last - first if real is None else real.sum(1)
-        step = StreamingStep(cache, plan, new_B, last - first, earlier if last == length else ())
+        step = cache.step(real, last - first, earlier if last == length else ())
         inputs |= {name: tokens[:, first:last], "past_key_values": step}
         if last < length:
             earlier.append(base(**inputs))

@@ -167,8 +167,8 @@ def rotate(x_BHTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
 
 
-def encoding_of(model: PreTrainedModel, slots: int) -> Rotary | Alibi:
-    """The model's own encoding of positions, for places inside a cache of `slots` keys.
+def encoding_of(model: PreTrainedModel, sinks: int, window: int, budget: int = 0) -> Rotary | Alibi:
+    """The model's own encoding of positions, for places inside a cache of so many keys.
 
     Raises:
         ValueError: a rotary scaling that depends on the length of the text within the cache's size, a sliding
@@ -181,28 +181,30 @@ def encoding_of(model: PreTrainedModel, slots: int) -> Rotary | Alibi:
         heads, root = config.num_attention_heads, math.sqrt(config.hidden_size // config.num_attention_heads)
         dtype = base.get_input_embeddings().weight.dtype
         return Alibi(lambda places: build_alibi_tensor(torch.ones(1, places).long(), heads, dtype)[:, 0] / root)
-    _check_sliding_window(config, slots)
-    return _rotary(base, slots)
+    slots = sinks + window + budget
+    said = f"{'sinks + window + budget' if budget else 'sinks + window'} = {slots}"
+    _check_sliding_window(config, slots, said)
+    return _rotary(base, slots, said)
 
 
-def _check_sliding_window(config: transformers.PreTrainedConfig, slots: int) -> None:
+def _check_sliding_window(config: transformers.PreTrainedConfig, slots: int, said: str) -> None:
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
     if window is not None and (kinds is None or "sliding_attention" in kinds) and slots > window:
         raise ValueError(
-            f"sinks + window = {slots}: the model itself reads {window} keys at most (sliding_window of its "
+            f"{said}: the model itself reads {window} keys at most (sliding_window of its "
             f"config); make them {window} or less together"
         )
 
 
-def _rotary(base: nn.Module, slots: int) -> Rotary:
+def _rotary(base: nn.Module, slots: int, said: str) -> Rotary:
     embedding = base.rotary_emb
     kind, config = embedding.rope_type, embedding.config
     if "dynamic" in kind or kind == "longrope":
         limit = config.rope_parameters.get("original_max_position_embeddings") or config.max_position_embeddings
         if slots > limit:
             raise ValueError(
-                f"sinks + window = {slots}: rope_type {kind!r} changes its frequencies with the length beyond "
+                f"{said}: rope_type {kind!r} changes its frequencies with the length beyond "
                 f"{limit} tokens, and the keys of a cache can't follow; make them {limit} or less together"
             )
     rotary = Rotary(embedding.original_inv_freq.float(), float(embedding.attention_scaling))

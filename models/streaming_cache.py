@@ -22,8 +22,7 @@ PIECE = 256  # tokens of a long input that go through the model at once
 class StreamingCache(Cache):
     """Keys and values of sinks and window, for all layers; made by `stream`.
 
-    Memory is taken at the first token and stays where it is. Slots: [sinks | ring of the window]; tokens that a
-    policy retains would have their slots between the two.
+    Memory is taken at the first token and stays where it is. Slots: [sinks | ring of the window].
 
     Attributes:
         sinks, window: the rule, in tokens.
@@ -77,16 +76,30 @@ class StreamingCache(Cache):
             ValueError: keys of another dtype than before.
         """
         if self.keys[index] is None:
-            batch, heads, _, dim = k_BHTD.shape
             with torch.inference_mode(False):
-                self.keys[index] = k_BHTD.new_zeros(batch, heads, self.slots, dim)
-                self.values[index] = k_BHTD.new_zeros(batch, heads, self.slots, dim)
+                self.take(index, k_BHTD)
         elif self.keys[index].dtype != k_BHTD.dtype:
             raise ValueError(
                 f"the cache holds {self.keys[index].dtype} and the model now gives {k_BHTD.dtype}; keep one dtype "
                 "(autocast too), or start a new cache"
             )
         return self.keys[index], self.values[index]
+
+    def take(self, index: int, k_BHTD: Tensor) -> None:
+        """Memory of a layer, for keys of this shape."""
+        batch, heads, _, dim = k_BHTD.shape
+        self.keys[index] = k_BHTD.new_zeros(batch, heads, self.slots, dim)
+        self.values[index] = k_BHTD.new_zeros(batch, heads, self.slots, dim)
+
+    def step(self, real_BT: Tensor | None, length: int, earlier: Sequence) -> StreamingStep:
+        """The next `length` columns, on their way through the layers.
+
+        Args:
+            real_BT: which of them are tokens; None: all.
+            earlier: outputs of the pieces before, which belong to the same call of the model.
+        """
+        plan = plan_token(self, real_BT) if length == 1 else plan_piece(self, real_BT, length)
+        return StreamingStep(self, plan, length if real_BT is None else real_BT.sum(1), length, earlier)
 
     def slot_positions(self, seen_B: Tensor) -> Tensor:
         """Text position of the token in each slot once `seen_B` tokens were read [B, S]; -1 for an empty slot."""
@@ -250,7 +263,7 @@ class StreamingStep(Cache):
     To the model it is an empty cache, so that masks and positions the model makes for itself stay small.
     """
 
-    def __init__(self, cache: StreamingCache, plan: Plan, new_B: Tensor | int, length: int, earlier: Sequence):
+    def __init__(self, cache: StreamingCache, plan: Plan | None, new_B: Tensor | int, length: int, earlier: Sequence):
         super().__init__(layers=[])
         self.cache, self.plan, self.new_B, self.length, self.earlier = cache, plan, new_B, length, earlier
         self.looked_up: dict[str, tuple[Tensor, Tensor] | Tensor] = {}

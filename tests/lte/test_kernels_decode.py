@@ -200,7 +200,7 @@ def test_eviction_with_ties(batch, heads, dim, window, sinks, budget, lookahead,
         k, v = randn(batch, 1, heads, dim, dtype=dtype), randn(batch, 1, heads, dim, dtype=dtype)
         # few values: ties, and about half of them not positive
         scores = torch.randint(-3, 4, (batch, 1, heads), device=DEVICE) / 2
-        theirs._step(k.transpose(1, 2), v.transpose(1, 2), scores)
+        theirs.step(k.transpose(1, 2), v.transpose(1, 2), scores)
         cache_step(ours, k[:, 0], v[:, 0], scores_BH=scores[:, 0], overlap=OVERLAP)
         ours.seen += 1
         for got, want in zip(ours.tensors, theirs.tensors, strict=True):
@@ -257,7 +257,7 @@ def test_scoring_and_rotation_from_empty(case, dtype):
         if not exact:  # which token is kept hangs on the last digit: compare where both agree
             ours.logits.copy_(theirs.logits)
             ours.positions.copy_(theirs.positions)
-        theirs._step(rotate(k[:, None], angles).transpose(1, 2), v[:, None].transpose(1, 2), scores)
+        theirs.step(rotate(k[:, None], angles).transpose(1, 2), v[:, None].transpose(1, 2), scores)
         cache_step(ours, k, v, scorer=scorer, state=states[0], rotary=flat, counter=counter, overlap=OVERLAP)
         ours.seen += 1
         assert not counter.any()
