@@ -1,17 +1,20 @@
-"""`lalte bench streaming`: one pretrained decoder over one long text, read in four ways (arXiv 2309.17453, figure 3).
+"""`lalte bench streaming`: one pretrained decoder over one long text, read in many ways (arXiv 2309.17453, figure 3).
 
     lalte       sinks and a window, positions counted in the cache (models.streaming)
-    window      the same cache without sinks
+    lalte h2o   the same size with retained tokens, and so for each policy that is asked for
+    window      the same size without sinks
     recompute   no cache: the last tokens are read again for every new one
     dense       the whole text in the cache
 
-For each cache size and each length of text: perplexity, milliseconds a token and bytes of the cache. Imports nothing
-heavy at its head, so that --help is quick. Shapes: B batch, T tokens.
+For each cache size and each length of text: perplexity, milliseconds a token and bytes of the cache. The result is
+written after every system; the same command continues an interrupted run. Imports nothing heavy at its head, so that
+--help is quick. Shapes: B batch, T tokens.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import time
 from collections.abc import Callable
@@ -19,17 +22,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.streaming_report import draw, table
+
 DESCRIPTION = """\
-Reads one long text with a pretrained decoder in four ways: with sinks and a window (lalte), with a window alone,
-with the last tokens recomputed for every new one, and with everything in the cache (dense). Reports perplexity,
-milliseconds a token and bytes of the cache against the length of the text.
+Reads one long text with a pretrained decoder in several ways: with sinks and a window (lalte), with tokens that a
+policy retains (--retention), with a window alone, with the last tokens recomputed for every new one, and with
+everything in the cache (dense). Reports perplexity, milliseconds a token and bytes of the cache against the length of
+the text.
 """
 EPILOG = """\
 examples:
   lalte bench streaming                                       random small model: times and bytes, a minute
   lalte bench streaming --model smollm2.gguf --text book.txt --cache-sizes 256,1024 --lengths 2048,8192,20480
+  lalte bench streaming --model other/llama --text book.txt --retention h2o,key_norm --budget 512 --cache-sizes 1024
 
-A text may be compressed (.xz, .gz). A GGUF file needs the packages gguf and accelerate.
+A text may be compressed (.xz, .gz). A GGUF file needs the packages gguf and accelerate. The result is written after
+every system; the same command continues a run that was interrupted.
 """
 SYSTEMS = ("lalte", "window", "recompute", "dense")
 WARM_UP = 2  # steps before those that are timed
@@ -44,6 +52,8 @@ class Settings:
         sampled: tokens of the band, evenly spread, on which the recomputation is compared.
         steps: single tokens after each length that are timed.
         dense_limit: longest text for the dense cache.
+        retention: policies that retain tokens, a system each (models.streaming).
+        budget: their retained tokens, out of the cache size; None: half of what the sinks leave of it.
     """
 
     model: str | None = None
@@ -57,6 +67,8 @@ class Settings:
     sampled: int = 16
     steps: int = 16
     dense_limit: int = 8192
+    retention: tuple[str, ...] = ()
+    budget: int | None = None
     device: str = "auto"
     dtype: str = "auto"
     overwrite: bool = False
@@ -68,6 +80,13 @@ class Settings:
                 raise ValueError(f"{name}: {getattr(self, name)} must be 1 or more")
         if not self.cache_sizes or min(self.cache_sizes) <= self.sinks or self.sinks < 0:
             raise ValueError(f"cache-sizes: {self.cache_sizes} must each exceed the {self.sinks} sinks")
+        room = min(self.cache_sizes) - self.sinks
+        if self.retention and not 0 < (1 if self.budget is None else self.budget) < room:
+            raise ValueError(
+                f"budget: {self.budget} must be 1 to {room - 1}, to leave a window in the smallest cache"
+            )
+        if self.budget is not None and not self.retention:
+            raise ValueError(f"budget: {self.budget} has no policy that fills it; give --retention")
         if self.sampled > self.band:
             raise ValueError(f"sampled: {self.sampled} tokens can't be spread over a band of {self.band}")
         if not self.lengths:
@@ -82,6 +101,15 @@ class Settings:
             start = length + self.steps + WARM_UP
         if self.model is not None and self.text is None:
             raise ValueError("text: none given; name a text file for the model to read")
+
+    def rule(self, system: str, size: int) -> dict[str, Any]:
+        """Arguments of `stream` for a system with a cache of `size` tokens."""
+        sinks = 0 if system == "window" else self.sinks
+        if not system.startswith("lalte "):
+            return {"sinks": sinks, "window": size - sinks}
+        budget = self.budget or (size - sinks) // 2
+        policy = system.removeprefix("lalte ")
+        return {"sinks": sinks, "window": size - sinks - budget, "budget": budget, "retention": policy}
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -116,6 +144,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         value = getattr(default, name.replace("-", "_"))
         add(f"--{name}", metavar="N", type=int, default=value, help=f"{text}; default: {value}")
+    policies = "retain tokens by these policies too: h2o, tova, key_norm, random, recency"
+    split = lambda text: tuple(word.strip() for word in text.split(",") if word.strip())
+    add("--retention", metavar="A,B", type=split, default=default.retention, help=policies)
+    add(
+        "--budget", metavar="N", type=int, help="retained tokens, out of the cache size; default: half, without sinks"
+    )
     add("--device", metavar="NAME", default="auto", help="auto (default), cpu, cuda, cuda:1, …")
     add("--dtype", metavar="NAME", default="auto", help="auto (default: as saved), float32, bfloat16, float16")
     add("--overwrite", action="store_true", help="replace a result that is there")
@@ -132,31 +166,74 @@ def run(settings: Settings) -> dict[str, Any]:
     """Measures, writes the result file (and the figure), and returns its content.
 
     Raises:
-        ValueError: settings, model or text can't be used, or the file exists.
+        ValueError: settings, model or text can't be used, or the file holds a finished run or another one.
     """
     settings.check()
     from eval.loading import pick_device
     from eval.results import result, say, write_json
+    from models.streaming_retention import policy_of
 
+    for name in settings.retention:
+        policy_of(name, budget=1)
     device = pick_device(settings.device)
     out = Path(settings.out or f"benchmarks/results/{_slug(device)}/streaming.json")
-    if out.exists() and not settings.overwrite:
-        raise ValueError(f"out: {out} exists; choose another file, or give --overwrite")
+    make = lambda rows, model, complete: result(
+        "streaming", rows, config=asdict(settings), device=device, model=model, complete=complete
+    )
+    rows = _earlier_rows(out, make([], None, False)) if out.exists() and not settings.overwrite else []
     model, ids_1T = _model_and_text(settings, device)
-    rows = []
-    for size in settings.cache_sizes:
-        for system in SYSTEMS[:3]:
-            say(f"cache of {size} tokens: {system}")
-            rows += _measure(system, model, ids_1T, size, settings)
-    if any(length <= settings.dense_limit for length in settings.lengths):
-        say("dense")
-        rows += _measure("dense", model, ids_1T, None, settings)
-    content = result("streaming", rows, config=asdict(settings), device=device, model=type(model).__name__)
-    write_json(out, content, overwrite=settings.overwrite)
+    for system, size in _systems(settings):
+        if any(row["system"] == system and _size(row) == size for row in rows):
+            say(f"{_name(system, size)}: measured before")
+            continue
+        say(_name(system, size))
+        rows += _measure(system, model, ids_1T, size, settings)
+        write_json(out, make(rows, type(model).__name__, False), overwrite=True)
+    content = make(rows, type(model).__name__, True)
+    write_json(out, content, overwrite=True)
     if settings.figure:
         draw(content, settings.figure)
     say(f"written: {out}")
     return content
+
+
+def _systems(settings: Settings) -> list[tuple[str, int | None]]:
+    """Systems and their cache sizes, in the order of the run."""
+    retaining = [f"lalte {name}" for name in settings.retention]
+    found = [(system, size) for size in settings.cache_sizes for system in ("lalte", *retaining, *SYSTEMS[1:3])]
+    dense = any(length <= settings.dense_limit for length in settings.lengths)
+    return [*found, ("dense", None)] if dense else found
+
+
+def _name(system: str, size: int | None) -> str:
+    return system if size is None else f"cache of {size} tokens: {system}"
+
+
+def _size(row: dict[str, Any]) -> int | None:
+    """Cache size of a row's case."""
+    words = row["case"].split()
+    return int(words[1]) if words[0] == "cache" else None
+
+
+def _earlier_rows(out: Path, here: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of an interrupted run of the same settings on the same kind of device.
+
+    Raises:
+        ValueError: the file holds a finished run, or another one.
+    """
+    from eval.results import read_json
+
+    there = read_json(out)
+    if there.get("complete", True):
+        raise ValueError(f"out: {out} exists; choose another file, or give --overwrite")
+    config = json.loads(json.dumps(here["config"]))
+    config["figure"] = there["config"]["figure"]
+    for name, mine in (("device", here["device"]), ("config", config), ("versions", here["versions"])):
+        if there[name] != mine:
+            raise ValueError(
+                f"out: {out} holds an unfinished run with another {name}; choose another file, or give --overwrite"
+            )
+    return there["rows"]
 
 
 def _slug(device: Any) -> str:
@@ -178,51 +255,33 @@ def _model_and_text(settings: Settings, device: Any) -> tuple[Any, Any]:
         sizes = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4)
         model = LlamaForCausalLM(LlamaConfig(vocab_size=512, num_key_value_heads=2, **sizes)).eval().to(device)
         return model, torch.randint(0, 512, (1, count)).to(device)
-    text = _read_text(Path(settings.text), 12 * count)
-    model, tokenizer = _load(Path(settings.model), settings.dtype, device)
+    from eval.loading import load_model
+
+    text = _read_text(settings.text, 12 * count)
+    model, tokenizer = load_model(settings.model, settings.dtype, str(device))
     ids_1T = tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, :count]
     if ids_1T.shape[1] < count:
         raise ValueError(f"text: {settings.text} has {ids_1T.shape[1]} tokens and {count} are needed; read less")
     return model, ids_1T.to(device)
 
 
-def _load(path: Path, dtype: str, device: Any) -> tuple[Any, Any]:
-    from eval.loading import DTYPES, load_model
+def _read_text(path: str, characters: int) -> str:
+    """At least the first characters of a text file, or all of it."""
+    from eval.streaming import text_pieces
 
-    if path.suffix != ".gguf":
-        return load_model(path, dtype, str(device))
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    if not path.is_file():
-        raise ValueError(f"model: {path} is not a file")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype: {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
-    where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name, "local_files_only": True}
-    model = AutoModelForCausalLM.from_pretrained(**where, dtype=DTYPES[dtype])
-    return model.eval().to(device), AutoTokenizer.from_pretrained(**where)
-
-
-def _read_text(path: Path, characters: int) -> str:
-    """The first characters of a text file, which may be compressed.
-
-    Raises:
-        ValueError: missing, or not text in UTF-8.
-    """
-    import gzip
-    import lzma
-
-    opener: Callable = {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix, open)
-    try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            return file.read(characters)
-    except (OSError, UnicodeDecodeError, lzma.LZMAError) as error:
-        raise ValueError(f"text: {path} can't be read as text ({error}); give a UTF-8 file, .xz or .gz") from error
+    found, size = [], 0
+    for piece in text_pieces([path]):
+        found.append(piece)
+        size += len(piece)
+        if size >= characters:
+            break
+    return "".join(found)
 
 
 class Reader:
     """One system at work: reads tokens in order and knows what each one cost to predict."""
 
-    def __init__(self, system: str, model: Any, ids_1T: Any, size: int | None, sinks: int):
+    def __init__(self, system: str, model: Any, ids_1T: Any, size: int | None, settings: Settings):
         from transformers import DynamicCache
 
         from models.streaming import stream
@@ -232,8 +291,7 @@ class Reader:
         if system == "dense":
             self.cache = DynamicCache(config=model.config)
         elif system != "recompute":
-            first = sinks if system == "lalte" else 0
-            self.cache = stream(model, first, size - first)
+            self.cache = stream(model, **settings.rule(system, size))
 
     def skip(self, until: int) -> None:
         """Read up to a position, without predictions."""
@@ -296,7 +354,7 @@ def _measure(system: str, model: Any, ids_1T: Any, size: int | None, settings: S
 
     from eval.results import row
 
-    reader = Reader(system, model, ids_1T, size, settings.sinks)
+    reader = Reader(system, model, ids_1T, size, settings)
     rows = []
     with torch.inference_mode():
         for length in settings.lengths:
@@ -340,45 +398,3 @@ def _time(step: Callable[[], None], count: int, device: Any) -> tuple[float, flo
         taken.append(1e3 * (time.perf_counter() - start))
     taken.sort()
     return taken[count // 2], taken[0], taken[-1], count
-
-
-def table(content: dict[str, Any]) -> str:
-    """The rows as lines for a terminal, with the ratio of each time to that of lalte in the same case."""
-    own = {row["case"]: row["median"] for row in content["rows"] if (row["system"], row["metric"]) == ("lalte", "ms")}
-    lines = [f"{'case':<34}{'system':<12}{'metric':<12}{'median':>14}  ratio"]
-    for row in content["rows"]:
-        ratio = f"{row['median'] / own[row['case']]:6.2f}" if row["metric"] == "ms" and row["case"] in own else ""
-        value = f"{row['median']:.0f}" if row["metric"] == "bytes" else f"{row['median']:.2f}"
-        lines.append(f"{row['case']:<34}{row['system']:<12}{row['metric']:<12}{value:>14}  {ratio}".rstrip())
-    return "\n".join(lines)
-
-
-def draw(content: dict[str, Any], path: str) -> None:
-    """Perplexity and milliseconds a token against the length of the text, one panel a cache size."""
-    from matplotlib.figure import Figure
-
-    sizes = content["config"]["cache_sizes"]
-    figure = Figure(figsize=(4 * len(sizes), 6), layout="constrained")
-    for r, metric in enumerate(("perplexity", "ms")):
-        for c, size in enumerate(sizes):
-            axes = figure.add_subplot(2, len(sizes), r * len(sizes) + c + 1)
-            for system in SYSTEMS:
-                points = _points(content["rows"], system, metric, size)
-                if points:
-                    axes.plot(*zip(*points, strict=True), marker="o", label=system)
-            axes.set(xscale="log", yscale="log", title=f"cache of {size}", xlabel="tokens read")
-            axes.set_ylabel("perplexity" if metric == "perplexity" else "ms a token")
-            axes.legend()
-    figure.savefig(path)
-
-
-def _points(rows: list[dict[str, Any]], system: str, metric: str, size: int) -> list[tuple[int, float]]:
-    """(length, median) of a system; perplexities are those of the sampled tokens, which all systems share."""
-    found = []
-    for row in rows:
-        words = row["case"].split()
-        mine = words[0] == "text" or words[1] == str(size)
-        shared = ("sampled" in words) == (metric == "perplexity")
-        if row["system"] == system and row["metric"] == metric and mine and shared:
-            found.append((int(words[words.index("text") + 1]), row["median"]))
-    return found

@@ -48,7 +48,8 @@ def load_model(folder: str | Path, dtype: str = "auto", device: str = "auto") ->
     """Loads (model, tokenizer) for evaluation: any causal model of transformers, or one of this project.
 
     Args:
-        folder: what save_pretrained of model and tokenizer wrote; weights are safetensors, never pickle.
+        folder: what save_pretrained of model and tokenizer wrote; weights are safetensors, never pickle. Or a file
+            *.gguf, which holds both; its weights are taken to float32 unless `dtype` says otherwise.
         dtype: auto (as saved), float32, bfloat16 or float16.
         device: auto, cpu, cuda, cuda:1, …
 
@@ -58,8 +59,33 @@ def load_model(folder: str | Path, dtype: str = "auto", device: str = "auto") ->
     if dtype not in DTYPES:
         raise ValueError(f"dtype: {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
     folder = Path(folder)
-    _check_folder(folder)
     target = pick_device(device)
+    model, tokenizer = _from_gguf(folder, dtype) if folder.suffix == ".gguf" else _from_folder(folder, dtype)
+    if len(tokenizer) > model.config.vocab_size:
+        raise ValueError(
+            f"tokenizer: {len(tokenizer)} tokens, but the model in {folder} has a vocab_size of "
+            f"{model.config.vocab_size}; use the tokenizer that the model was trained with"
+        )
+    return model.to(target).eval(), tokenizer
+
+
+def _from_gguf(path: Path, dtype: str) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if not path.is_file():
+        raise ValueError(f"model: {path} is not a file; give a GGUF file, or the folder of a trained model")
+    where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name, "local_files_only": True}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(**where, dtype=DTYPES[dtype])
+        return model, AutoTokenizer.from_pretrained(**where)
+    except ImportError as error:
+        raise ValueError(f"model: {path} needs the packages gguf and accelerate ({error}); install them") from error
+    except Exception as error:
+        raise ValueError(f"model: {path} can't be loaded ({error}); is the copy complete?") from error
+
+
+def _from_folder(folder: Path, dtype: str) -> tuple[Any, Any]:
+    _check_folder(folder)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import models  # noqa: F401 - registers the project's models with transformers
@@ -85,12 +111,7 @@ def load_model(folder: str | Path, dtype: str = "auto", device: str = "auto") ->
                 f"model: the weights in {folder} don't fit its config.json: {len(report[kind])} "
                 f"{kind.replace('_', ' ')} ({example}, …); use the config that the weights were saved with"
             )
-    if len(tokenizer) > model.config.vocab_size:
-        raise ValueError(
-            f"tokenizer: {len(tokenizer)} tokens, but the model in {folder} has a vocab_size of "
-            f"{model.config.vocab_size}; use the tokenizer that the model was trained with"
-        )
-    return model.to(target).eval(), tokenizer
+    return model, tokenizer
 
 
 def _digest(*parts: bytes) -> str:

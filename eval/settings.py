@@ -38,7 +38,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, batch: str | None = "prom
         batch: help of --batch-size; None: there is no such option.
     """
     add = parser.add_argument
-    add("--model", metavar="DIR", help="folder of the model and its tokenizer; any causal model of transformers")
+    add("--model", metavar="DIR", help="folder of model and tokenizer, or a GGUF file; any model of transformers")
     add("--out", metavar="DIR", help="folder for the results; an interrupted run in it is continued")
     add("--config", metavar="FILE", help="YAML with any of these settings; options given here win")
     if batch is not None:

@@ -8,6 +8,7 @@ keeps, with the masks and positions that the model makes for a text of just so m
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 import transformers as tf
 from torch import Tensor
 
-from benchmarks.streaming import SYSTEMS, Reader, Settings, run, table
+from benchmarks.streaming import SYSTEMS, Reader, Settings, _measure, run, table
 from lte.visibility import visible
 from models.streaming import stream
 from models.streaming_architectures import family_of
@@ -438,15 +439,15 @@ def test_benchmark_systems_agree_while_nothing_is_dropped():
     with torch.no_grad():
         logits = model(ids).logits[0]
         losses = torch.nn.functional.cross_entropy(logits[11:30], ids[0, 12:31], reduction="none")
-        for system in SYSTEMS:
-            reader = Reader(system, model, ids, None if system == "dense" else 40, 4)
+        for system in (*SYSTEMS, "lalte tova"):
+            reader = Reader(system, model, ids, None if system == "dense" else 40, Settings(sinks=4))
             reader.skip(11)
             found = reader.losses(30, 19)
             assert reader.at == 30
             close(torch.tensor(found), losses)
 
 
-def test_benchmark_writes_a_result_once(tmp_path):
+def test_benchmark_writes_a_result_once_and_continues_it(tmp_path, monkeypatch):
     settings = Settings(
         out=str(tmp_path / "streaming.json"),
         figure=str(tmp_path / "streaming.svg"),
@@ -456,11 +457,27 @@ def test_benchmark_writes_a_result_once(tmp_path):
         sampled=3,
         steps=2,
         dense_limit=24,
+        retention=("key_norm",),
         device="cpu",
     )
+    measured, stops = [], ["recompute"]
+
+    def measure(system, *rest):
+        if system in stops:
+            raise KeyboardInterrupt
+        measured.append(system)
+        return _measure(system, *rest)
+
+    monkeypatch.setattr("benchmarks.streaming._measure", measure)
+    with pytest.raises(KeyboardInterrupt):
+        run(settings)
+    with pytest.raises(ValueError, match="unfinished run with another config"):
+        run(replace(settings, band=7))
+    stops.clear()
     content = run(settings)
+    assert measured == [*["lalte", "lalte key_norm", "window", "recompute"] * 2, "dense"]
     found = {(row["case"], row["system"], row["metric"]): row for row in content["rows"]}
-    assert len(found) == len(content["rows"]) == 2 * 2 * (4 + 4 + 3) + 4
+    assert len(found) == len(content["rows"]) == 2 * 2 * (4 + 4 + 4 + 3) + 4
     for size in (8, 16):
         own = [found[f"cache {size} text {n}", "lalte", "bytes"]["median"] for n in (24, 48)]
         assert own == [4 * 2 * 2 * size * 32 * 4 + 8] * 2  # layers, k and v, KV heads, slots, D, float32; seen
@@ -479,6 +496,10 @@ def test_benchmark_writes_a_result_once(tmp_path):
         ({"lengths": (512, 600)}, "lengths: 600 must be 786 or more"),
         ({"cache_sizes": (4,)}, "cache-sizes"),
         ({"sampled": 257}, "sampled: 257"),
+        ({"retention": ("h2o",), "budget": 60}, "budget: 60"),
+        ({"retention": ("h2o",), "budget": 0}, "budget: 0"),
+        ({"budget": 6}, "budget: 6 has no policy"),
+        ({"retention": ("lte",)}, "retention='lte'"),
         ({"model": "somewhere"}, "text: none given"),
         ({"model": "somewhere", "text": "/nowhere.txt"}, "nowhere.txt can't be read"),
     ],

@@ -1,0 +1,53 @@
+"""The result of `lalte bench streaming` as a table and as a figure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def table(content: dict[str, Any]) -> str:
+    """The rows as lines for a terminal, with the ratios of times and perplexities to those of lalte in the case."""
+    own = {
+        (row["case"], row["metric"]): row["median"]
+        for row in content["rows"]
+        if row["system"] == "lalte" and row["metric"] != "bytes"
+    }
+    lines = [f"{'case':<34}{'system':<16}{'metric':<12}{'median':>14}  ratio"]
+    for row in content["rows"]:
+        key = row["case"], row["metric"]
+        ratio = f"{row['median'] / own[key]:6.2f}" if key in own else ""
+        value = f"{row['median']:.0f}" if row["metric"] == "bytes" else f"{row['median']:.2f}"
+        lines.append(f"{row['case']:<34}{row['system']:<16}{row['metric']:<12}{value:>14}  {ratio}".rstrip())
+    return "\n".join(lines)
+
+
+def draw(content: dict[str, Any], path: str) -> None:
+    """Perplexity and milliseconds a token against the length of the text, one panel a cache size."""
+    from matplotlib.figure import Figure
+
+    sizes = content["config"]["cache_sizes"]
+    systems = list(dict.fromkeys(row["system"] for row in content["rows"]))
+    figure = Figure(figsize=(4 * len(sizes), 6), layout="constrained")
+    for r, metric in enumerate(("perplexity", "ms")):
+        for c, size in enumerate(sizes):
+            axes = figure.add_subplot(2, len(sizes), r * len(sizes) + c + 1)
+            for system in systems:
+                points = _points(content["rows"], system, metric, size)
+                if points:
+                    axes.plot(*zip(*points, strict=True), marker="o", label=system)
+            axes.set(xscale="log", yscale="log", title=f"cache of {size}", xlabel="tokens read")
+            axes.set_ylabel("perplexity" if metric == "perplexity" else "ms a token")
+            axes.legend()
+    figure.savefig(path)
+
+
+def _points(rows: list[dict[str, Any]], system: str, metric: str, size: int) -> list[tuple[int, float]]:
+    """(length, median) of a system; perplexities are those of the sampled tokens, which all systems share."""
+    found = []
+    for row in rows:
+        words = row["case"].split()
+        mine = words[0] == "text" or words[1] == str(size)
+        shared = ("sampled" in words) == (metric == "perplexity")
+        if row["system"] == system and row["metric"] == metric and mine and shared:
+            found.append((int(words[words.index("text") + 1]), row["median"]))
+    return found
