@@ -27,7 +27,17 @@ from .loading import model_identity, tokenizer_identity
 from .niah import _evaluating, retention_budget
 from .reports import case_table, print_cases
 from .results import claim_folder, read_json, result, row, say, write_bytes, write_json
-from .streaming import cache_bytes, chunks, load_cache, new_cache, read_chunk, save_cache, text_tokens, texts_identity
+from .streaming import (
+    cache_bytes,
+    cache_text,
+    chunks,
+    load_cache,
+    new_cache,
+    read_chunk,
+    save_cache,
+    text_tokens,
+    texts_identity,
+)
 
 DEFINITION = "perplexity of one endless text over position, version 1"
 BLOCK = 32  # tokens; errors of neighbouring tokens aren't independent, means of blocks nearly are
@@ -180,7 +190,7 @@ class _Reading:
             return
         state = read_json(found / "state.json")
         self.position, self.curve.buckets = state["position"], state["buckets"]
-        load_cache(self.cache, found / "cache.safetensors", self.position, self.device)
+        load_cache(self.model, self.cache, found / "cache.safetensors", self.position)
         self.carry = load_file(found / "carry.safetensors", device=str(self.device))["carry"]
 
 
@@ -204,6 +214,7 @@ def run_perplexity(
     window: int = 1020,
     limit: int | None = None,
     budget: int | None = None,
+    retention: str | None = None,
     save_every: int = 100_000,
     resume: bool = True,
     progress: bool = True,
@@ -216,7 +227,8 @@ def run_perplexity(
         texts: text files (plain, .gz, .xz), read one after the other.
         tokens: how many to read; fewer if the text or `limit` ends before.
         chunk: tokens read at once, a multiple of 32.
-        cache: see `new_cache`; `sinks` and `window` are those of `stream`.
+        cache: see `new_cache`; `sinks`, `window` and `retention` are those of `stream`.
+        budget: retained tokens per KV head; None: the model's own, and none with `stream`.
         limit: tokens at most; None: no limit, but for a foreign model's full cache its max_position_embeddings.
         save_every: tokens after which the state is saved, so that an interrupted run continues there.
         on_chunk: called with the position after every chunk.
@@ -237,6 +249,7 @@ def run_perplexity(
     identity = texts_identity(texts)
     limit = _limit(model, cache, limit)
     wanted = tokens if limit is None else min(tokens, limit)
+    rule = (sinks, window, budget, retention)
     settings = {
         "definition": DEFINITION,
         "model": model_identity(model),
@@ -244,18 +257,18 @@ def run_perplexity(
         "text": identity,
         "tokens": tokens,
         "chunk": chunk,
-        "cache": cache if cache != "stream" else f"stream {sinks}+{window}",
+        "cache": cache_text(cache, *rule),
         "limit": limit,
         "budget": budget,
     }
     system = system or getattr(model.config, "model_type", None) or type(model).__name__
     out, states = Path(out_dir), Path(out_dir) / "state"
     with (
-        retention_budget(model, budget),
+        retention_budget(model, None if cache == "stream" else budget),
         _evaluating(model),
         tqdm(total=wanted, disable=not progress, unit="token") as bar,
     ):
-        reading = _Reading(model, new_cache(model, cache, 1, sinks, window), Curve(bucket_ends(tokens)))
+        reading = _Reading(model, new_cache(model, cache, 1, *rule), Curve(bucket_ends(tokens)))
         claim_folder(out, settings, resume=resume)
         if (out / "result.json").exists():
             return read_json(out / "result.json")  # of the same settings: there is nothing left to do

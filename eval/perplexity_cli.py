@@ -39,6 +39,7 @@ class PerplexityConfig:
     window: int = 1020
     limit: int | None = None
     save_every: int = 100_000
+    retention: str | None = None
     budget: int | None = None
     dtype: str = "auto"
     device: str = "auto"
@@ -79,6 +80,7 @@ def run_from_arguments(args: argparse.Namespace) -> int:
         sinks=config.sinks,
         window=config.window,
         limit=config.limit,
+        retention=config.retention,
         budget=config.budget,
         save_every=config.save_every,
         resume=config.resume,

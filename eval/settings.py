@@ -57,6 +57,7 @@ def add_cache_arguments(parser: argparse.ArgumentParser, chunk: int) -> None:
     add("--cache", metavar="KIND", help="auto (default: the model's own, else full), full, or stream")
     add("--sinks", metavar="N", type=int, help="of --cache stream; default: 4")
     add("--window", metavar="N", type=int, help="of --cache stream; default: 1020")
+    add("--retention", metavar="NAME", help="of --cache stream: what fills --budget, such as h2o or key_norm")
 
 
 def _read_file(path: str, known: Sequence[str]) -> Any:

@@ -25,7 +25,7 @@ from .loading import model_identity, tokenizer_identity
 from .niah import _error_text, _evaluating, _row, retention_budget
 from .reports import case_table, print_cases
 from .results import SampleLog, claim_folder, result, row, say, write_bytes, write_json
-from .streaming import cache_bytes, new_cache, read_chunk
+from .streaming import cache_bytes, cache_text, new_cache, read_chunk
 
 DEFINITION = "StreamEval over lines as in LongEval, one distance a stream, right answers in the stream, version 1"
 NAMES = ("numbers", "words")
@@ -205,6 +205,7 @@ def run_streameval(
     sinks: int = 4,
     window: int = 1020,
     budget: int | None = None,
+    retention: str | None = None,
     resume: bool = True,
     progress: bool = True,
     system: str | None = None,
@@ -219,8 +220,8 @@ def run_streameval(
         names: of the lines: `numbers` (1, 2, …) or `words` (adjective-noun, as in LongEval).
         batch_size: streams read side by side.
         chunk: tokens of each read at once.
-        cache, sinks, window: see `streaming.new_cache`.
-        budget: retained tokens per KV head during the run; None: the model's own.
+        cache, sinks, window, retention: see `streaming.new_cache`.
+        budget: retained tokens per KV head during the run; None: the model's own, and none with `stream`.
 
     Returns:
         The content of result.json: accuracy with its 95 % Wilson interval for each distance.
@@ -231,6 +232,7 @@ def run_streameval(
     """
     distances = list(distances)
     _check(tokenizer, distances, lines, every, names, streams=streams, batch_size=batch_size, chunk=chunk)
+    rule = (sinks, window, budget, retention)
     settings = {
         "definition": DEFINITION,
         "model": model_identity(model),
@@ -241,15 +243,19 @@ def run_streameval(
         "streams": streams,
         "names": names,
         "seed": seed,
-        "cache": cache if cache != "stream" else f"stream {sinks}+{window}",
+        "cache": cache_text(cache, *rule),
         "budget": budget,
     }
-    make_cache = lambda batch: new_cache(model, cache, batch, sinks, window)
+    make_cache = lambda batch: new_cache(model, cache, batch, *rule)
     make_cache(1)
     out, rows, cells, answered = Path(out_dir), [], [], False
     system = system or getattr(model.config, "model_type", None) or type(model).__name__
     total = streams * sum(questions(lines, distance, every) for distance in distances)
-    with retention_budget(model, budget), _evaluating(model), tqdm(total=total, disable=not progress) as bar:
+    with (
+        retention_budget(model, None if cache == "stream" else budget),
+        _evaluating(model),
+        tqdm(total=total, disable=not progress) as bar,
+    ):
         claim_folder(out, settings, resume=resume)
         for distance in distances:
             bar.set_description(f"distance {distance}")

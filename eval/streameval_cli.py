@@ -16,6 +16,7 @@ EPILOG = """\
 examples:
   lalte eval streameval --model runs/mine --distances 10,20,40,80,160 --out runs/streameval
   lalte eval streameval --model other/llama --cache stream --window 508 --distances 20,40 --out runs/streameval-llama
+  lalte eval streameval --model small.gguf --cache stream --window 252 --retention h2o --budget 256 --out runs/h2o
 
 The folder of --out gets result.json, table.md, samples/*.jsonl and config.yaml. The same command continues an
 interrupted run with the streams that aren't finished.
@@ -39,7 +40,9 @@ class StreamevalConfig:
     cache: str = "auto"
     sinks: int = 4
     window: int = 1020
+    retention: str | None = None
     budget: int | None = None
+    system: str | None = None
     dtype: str = "auto"
     device: str = "auto"
     resume: bool = True
@@ -55,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--streams", metavar="N", type=int, help="for each distance; default: 8")
     add("--names", metavar="KIND", help="of the lines: numbers (default) or words")
     add("--seed", metavar="N", type=int, help="of the first stream; default: 0")
+    add("--system", metavar="NAME", help="name in the result; default: the model's type")
     add_cache_arguments(parser, 256)
     add_run_arguments(parser, batch="streams read side by side; default: 8")
 
@@ -85,8 +89,10 @@ def run_from_arguments(args: argparse.Namespace) -> int:
         cache=config.cache,
         sinks=config.sinks,
         window=config.window,
+        retention=config.retention,
         budget=config.budget,
         resume=config.resume,
+        system=config.system,
     )
     keep(config)
     return int(any(cell["errors"] for cell in content["cells"]))

@@ -94,11 +94,20 @@ def texts_identity(paths: Sequence[str | Path]) -> list[str]:
 # ---- caches ----
 
 
-def new_cache(model: Any, kind: str, batch: int, sinks: int, window: int) -> Any:
+def new_cache(
+    model: Any,
+    kind: str,
+    batch: int,
+    sinks: int,
+    window: int,
+    budget: int | None = None,
+    retention: str | None = None,
+) -> Any:
     """An empty cache of `batch` rows.
 
     Args:
-        kind: `auto`: the model's own, or a full one where it has none; `full`; `stream`: sinks and window.
+        kind: `auto`: the model's own, or a full one where it has none; `full`; `stream`: sinks and window, and with
+            a budget the tokens that the policy `retention` keeps (models.streaming).
 
     Raises:
         ValueError: an unknown kind, or one that the model can't be read with.
@@ -106,6 +115,8 @@ def new_cache(model: Any, kind: str, batch: int, sinks: int, window: int) -> Any
     if kind not in CACHES:
         raise ValueError(f"cache: {kind!r} is unknown; use one of {', '.join(CACHES)}")
     own = hasattr(model, "new_cache")
+    if own and retention is not None:
+        raise ValueError(f"retention: {type(model).__name__} has a rule of its own; leave it out")
     if own and kind != "auto":
         raise ValueError(f"cache: {type(model).__name__} has a cache of its own; use auto instead of {kind}")
     if own:
@@ -113,10 +124,19 @@ def new_cache(model: Any, kind: str, batch: int, sinks: int, window: int) -> Any
     if kind == "stream":
         from models.streaming import stream
 
-        return stream(model, sinks, window)
+        return stream(model, sinks, window, budget or 0, retention)
+    if retention is not None:
+        raise ValueError(f"retention: {retention!r} fills a streaming cache only; give cache stream, or leave it out")
     from transformers import DynamicCache
 
     return DynamicCache(config=model.config)
+
+
+def cache_text(kind: str, sinks: int, window: int, budget: int | None = None, retention: str | None = None) -> str:
+    """The same in a word, for settings of a run: `full`, `stream 4+1020`, `stream 4+512+508 h2o`."""
+    if kind != "stream":
+        return kind
+    return f"stream {sinks}+{budget}+{window} {retention}" if budget else f"stream {sinks}+{window}"
 
 
 @torch.no_grad()
@@ -130,13 +150,14 @@ def _tensors(cache: Any) -> dict[str, Tensor]:
     if hasattr(cache, "tensors") and callable(cache.tensors):
         return cache.tensors()
     if hasattr(cache, "slots"):
-        layers = zip(cache.keys, cache.values, strict=True)
-        found = {"seen": cache.seen} if cache.seen is not None else {}
-    else:
-        layers, found = ((layer.keys, layer.values) for layer in cache.layers), {}
-    for number, pair in enumerate(layers):
-        found |= {f"{name}.{number}": x for name, x in zip(("keys", "values"), pair, strict=True) if x is not None}
-    return found
+        return {str(number): x for number, x in enumerate(cache.tensors)}
+    layers = enumerate((layer.keys, layer.values) for layer in cache.layers)
+    return {
+        f"{name}.{number}": x
+        for number, pair in layers
+        for name, x in zip(("keys", "values"), pair, strict=True)
+        if x is not None
+    }
 
 
 def cache_bytes(cache: Any) -> int:
@@ -152,19 +173,18 @@ def save_cache(cache: Any, path: Path) -> None:
         save_file({name: x.contiguous() for name, x in _tensors(cache).items()}, path)
 
 
-def load_cache(cache: Any, path: Path, position: int, device: torch.device) -> None:
+def load_cache(model: Any, cache: Any, path: Path, position: int) -> None:
     """Fills an empty cache of the same kind, one row, with what `save_cache` wrote at `position`."""
+    device = next(model.parameters()).device
     if hasattr(cache, "load"):
         cache.load(path)
         return
     found = load_file(path, device=str(device))
-    layers = sum(name.startswith("keys.") for name in found)
     if hasattr(cache, "slots"):
-        cache.start(1, device)
-        cache.seen.copy_(found["seen"])
+        read_chunk(model, torch.zeros(1, 1, dtype=torch.int64, device=device), cache)  # takes the memory
+        for number, x in enumerate(cache.tensors):
+            x.copy_(found[str(number)])
         cache.columns = position
-        cache.keys = [found[f"keys.{n}"] for n in range(layers)]
-        cache.values = [found[f"values.{n}"] for n in range(layers)]
         return
-    for number in range(layers):
+    for number in range(len(found) // 2):
         cache.update(found[f"keys.{number}"], found[f"values.{number}"], number)

@@ -114,6 +114,10 @@ CASES = {
     "lalte, growing cache": (lambda: make_model("gdn-full", **LALTE), {}),
     "llama, full cache": (make_llama, {"cache": "full"}),
     "llama, streaming cache": (make_llama, {"cache": "stream", "sinks": 2, "window": 61}),
+    "llama, retaining cache": (
+        make_llama,
+        {"cache": "stream", "sinks": 2, "window": 50, "budget": 11, "retention": "recency"},  # the same tokens
+    ),
 }
 
 
@@ -213,13 +217,16 @@ def test_caches_are_saved_and_loaded(name, tmp_path):
     build, how = CASES[name]
     model = build()
     ids = torch.randint(400, (1, 150), generator=torch.Generator().manual_seed(1))
-    make = lambda: new_cache(model, how.get("cache", "auto"), 1, how.get("sinks", 0), how.get("window", 0))
+    how = {"cache": "auto", "sinks": 0, "window": 0} | how
+    make = lambda: new_cache(
+        model, how["cache"], 1, *(how.get(x) for x in ("sinks", "window", "budget", "retention"))
+    )
     cache = make()
     read_chunk(model, ids[:, :100], cache)
     save_cache(cache, tmp_path / "cache.safetensors")
     expected = read_chunk(model, ids[:, 100:], cache)
     other = make()
-    load_cache(other, tmp_path / "cache.safetensors", 100, ids.device)
+    load_cache(model, other, tmp_path / "cache.safetensors", 100)
     torch.testing.assert_close(read_chunk(model, ids[:, 100:], other), expected, rtol=0, atol=0)
     assert cache_bytes(other) == cache_bytes(cache) > 0
 
