@@ -1,31 +1,27 @@
 """StreamEval (arXiv 2309.17453, section 4.4): an endless record of lines, and every few lines a question about an
 earlier one.
 
-Each stream asks at one distance. The right answer follows every question in the stream, so that all models read the
-same text; a question counts as answered if the model's likeliest token is the right one at every token of the answer,
-which is the case exactly if greedy generation writes it. So a stream is read in chunks, in constant memory.
-
-Shapes: B streams, T tokens of a chunk, V vocabulary.
+Each stream asks at one distance; how it is read and judged is in streams.py.
 """
 
 from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from .haystacks import key_words
 from .loading import model_identity, tokenizer_identity
-from .niah import _error_text, _evaluating, _row, retention_budget
+from .niah import _evaluating, _row, retention_budget
 from .reports import case_table, print_cases
 from .results import SampleLog, claim_folder, result, row, say, write_bytes, write_json
-from .streaming import cache_bytes, cache_text, new_cache, read_chunk
+from .streaming import cache_text, new_cache
+from .streams import Piece, Stream, check_tokenizer, read_streams, run_streams
 
 DEFINITION = "StreamEval over lines as in LongEval, one distance a stream, right answers in the stream, version 1"
 NAMES = ("numbers", "words")
@@ -34,16 +30,6 @@ LINE = "line {name}: REGISTER_CONTENT is <{value}>\n"
 ASK = "Question: what is the REGISTER_CONTENT of line {name}? Answer: line {name}: REGISTER_CONTENT is <"
 ANSWER = "{value}>"
 LARGEST = 50_000  # of the values, as in LongEval
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A piece of a stream: text, and for a question the line asked for, its answer, and the answer's place in it."""
-
-    text: str
-    line: int | None = None
-    answer: str = ""
-    start: int = 0
 
 
 def pieces(seed: int, distance: int, every: int, names: str) -> Iterator[Piece]:
@@ -67,75 +53,9 @@ def pieces(seed: int, distance: int, every: int, names: str) -> Iterator[Piece]:
             yield Piece(f"{ask}{answer}\n", number - distance, answer, len(ask))
 
 
-def encode(piece: Piece, tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """Tokens of a piece, and which of them belong to its answer: all that share a character with it."""
-    coded = tokenizer(piece.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    end = piece.start + len(piece.answer)
-    inside = [piece.line is not None and stop > piece.start and first < end for first, stop in coded.offset_mapping]
-    return coded.input_ids, inside
-
-
-class _Stream:
-    """Tokens of one stream, and the record of each question as its answer is read.
-
-    Attributes:
-        open: questions that are still to be answered.
-        records: the answered ones.
-    """
-
-    def __init__(self, tokenizer: Any, seed: int, distance: int, lines: int, every: int, names: str) -> None:
-        self.tokenizer, self.seed, self.distance = tokenizer, seed, distance
-        self.source = pieces(seed, distance, every, names)
-        self.total = questions(lines, distance, every)
-        self.open, self.records = self.total, []
-        self.held: list[tuple[int, int | None]] = []  # token, and its question's number if it is part of an answer
-        self.asked: list[tuple[Piece, int]] = []  # questions, and how many tokens their answers have
-        self.said: list[tuple[int, int]] = []  # (right token, likeliest token) of the answer that is being read
-        self.position = 0
-
-    def take(self, count: int) -> list[tuple[int, int | None]]:
-        """The next `count` tokens."""
-        while len(self.held) < count:
-            piece = next(self.source)
-            ids, inside = encode(piece, self.tokenizer)
-            number = None
-            if piece.line is not None and len(self.asked) < self.total:
-                number = len(self.asked)
-                self.asked.append((piece, sum(inside)))
-            self.held += [(token, number if own else None) for token, own in zip(ids, inside, strict=True)]
-        taken, self.held = self.held[:count], self.held[count:]
-        return taken
-
-    def see(self, taken: Sequence[tuple[int, int | None]], likeliest: Sequence[int]) -> None:
-        """Compares tokens with what the model held likeliest in their places."""
-        for (token, number), guess in zip(taken, likeliest, strict=True):
-            self.position += 1
-            if number is None:
-                continue
-            self.said.append((token, guess))
-            piece, length = self.asked[number]
-            if len(self.said) == length:
-                self.records.append(self._record(number, piece))
-                self.said = []
-                self.open -= 1
-
-    def _record(self, number: int, piece: Piece) -> dict[str, Any]:
-        return {
-            "index": question_index(self.seed, number),
-            "stream": self.seed,
-            "distance": self.distance,
-            "line": piece.line,
-            "position": self.position,
-            "expected": piece.answer,
-            "prediction": self.tokenizer.decode([guess for _, guess in self.said]),
-            "score": float(all(token == guess for token, guess in self.said)),
-            "error": None,
-        }
-
-    def failed(self, error: Exception) -> list[dict[str, Any]]:
-        """Records that say why the stream's questions weren't answered."""
-        fields = {"stream": self.seed, "distance": self.distance, "score": None, "error": _error_text(error)}
-        return [{"index": question_index(self.seed, number), **fields} for number in range(self.total)]
+def _stream(tokenizer: Any, seed: int, distance: int, lines: int, every: int, names: str) -> Stream:
+    indices = [question_index(seed, number) for number in range(questions(lines, distance, every))]
+    return Stream(tokenizer, pieces(seed, distance, every, names), indices, {"stream": seed, "distance": distance})
 
 
 def question_index(seed: int, number: int) -> int:
@@ -146,26 +66,6 @@ def question_index(seed: int, number: int) -> int:
 def questions(lines: int, distance: int, every: int) -> int:
     """Questions in a stream of `lines` lines."""
     return lines // every - distance // every
-
-
-def _read(model: Any, streams: list[_Stream], chunk: int, make_cache: Any, bar: Any) -> int:
-    """Reads streams side by side to their last questions; bytes of the cache for one of them."""
-    device = next(model.parameters()).device
-    cache = make_cache(len(streams))
-    ahead_B = torch.full((len(streams),), -1)  # what each row held likeliest for the token to come
-    left = sum(stream.open for stream in streams)
-    while any(stream.open for stream in streams):
-        taken = [stream.take(chunk) for stream in streams]
-        ids_BT = torch.tensor([[token for token, _ in row_] for row_ in taken], device=device)
-        guess_BT = read_chunk(model, ids_BT, cache).argmax(-1).cpu()
-        likeliest_BT = torch.cat([ahead_B[:, None], guess_BT[:, :-1]], 1)
-        ahead_B = guess_BT[:, -1]
-        for stream, row_, guesses in zip(streams, taken, likeliest_BT.tolist(), strict=True):
-            stream.see(row_, guesses)
-        now = sum(stream.open for stream in streams)
-        bar.update(left - now)
-        left = now
-    return cache_bytes(cache) // len(streams)
 
 
 def _check(tokenizer: Any, distances: Sequence[int], lines: int, every: int, names: str, **positive: int) -> None:
@@ -184,8 +84,7 @@ def _check(tokenizer: Any, distances: Sequence[int], lines: int, every: int, nam
             raise ValueError(f"lines: {lines} ask nothing at distance {distance}; give {distance + every} or more")
     if names not in NAMES:
         raise ValueError(f"names: {names!r} is unknown; use one of {', '.join(NAMES)}")
-    if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(f"tokenizer: {type(tokenizer).__name__} doesn't tell where its tokens stand; use a fast one")
+    check_tokenizer(tokenizer)
 
 
 def run_streameval(
@@ -260,10 +159,10 @@ def run_streameval(
         for distance in distances:
             bar.set_description(f"distance {distance}")
             seeds, count = range(seed, seed + streams), questions(lines, distance, every)
-            make = lambda number, distance=distance: _Stream(tokenizer, number, distance, lines, every, names)
-            read = lambda batch: _read(model, batch, chunk, make_cache, bar)
+            makers = [partial(_stream, tokenizer, s, distance, lines, every, names) for s in seeds]
+            read = lambda batch: read_streams(model, batch, chunk, make_cache, bar)
             with SampleLog(out / "samples" / f"distance-{distance}.jsonl") as log:
-                answered = _run_distance(read, log, make, seeds, count, batch_size, bar, answered)
+                answered = run_streams(read, log, makers, batch_size, bar, answered)
                 records = [log.records[question_index(s, n)] for s in seeds for n in range(count)]
             rows += _rows(records, distance, system)
             failed = sum(record["score"] is None for record in records)
@@ -296,42 +195,3 @@ def _rows(records: list[dict[str, Any]], distance: int, system: str) -> list[dic
         return []
     largest = max(record["cache_bytes"] for record in records if record["score"] is not None)
     return [found, row(f"cache D{distance}", system, "bytes", largest, largest, largest, 1)]
-
-
-def _run_distance(
-    read: Callable[[list[_Stream]], int],
-    log: SampleLog,
-    make: Callable[[int], _Stream],
-    seeds: Sequence[int],
-    count: int,
-    batch_size: int,
-    bar: Any,
-    answered: bool,
-) -> bool:
-    """Reads the streams that the log doesn't hold, each with `count` questions; whether any stream could be read."""
-    done = lambda s: all((log.records.get(question_index(s, n)) or {}).get("score") is not None for n in range(count))
-    open_ = [number for number in seeds if not done(number)]
-    bar.update(count * (len(seeds) - len(open_)))
-    waiting = [open_[start : start + batch_size] for start in range(0, len(open_), batch_size)]
-    answered = answered or len(open_) < len(seeds)
-    while waiting:
-        batch = waiting.pop(0)
-        streams = [make(number) for number in batch]
-        try:
-            nbytes = read(streams)
-        except Exception as error:
-            if isinstance(error, torch.cuda.OutOfMemoryError):
-                torch.cuda.empty_cache()
-            bar.update(-sum(stream.total - stream.open for stream in streams))
-            if len(batch) > 1:
-                waiting[:0] = [[number] for number in batch]
-                continue
-            if not answered and not waiting:
-                raise RuntimeError(f"no stream could be read: {_error_text(error)}") from error
-            records = streams[0].failed(error)
-        else:
-            answered = True
-            records = [record | {"cache_bytes": nbytes} for stream in streams for record in stream.records]
-        for record in records:
-            log.append(record)
-    return answered

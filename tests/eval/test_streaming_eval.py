@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from eval import perplexity_cli, streameval_cli
 from eval.intervals import Moments
 from eval.perplexity import Curve, bucket_ends, run_perplexity
-from eval.streameval import encode, pieces, questions, run_streameval
+from eval.streameval import pieces, questions, run_streameval
 from eval.streaming import (
     cache_bytes,
     chunks,
@@ -24,6 +24,7 @@ from eval.streaming import (
     text_pieces,
     text_tokens,
 )
+from eval.streams import encode
 from models.streaming import stream
 from tests.tiny_models import make_model
 from tests.tiny_texts import make_llama, make_tokenizer
