@@ -50,14 +50,16 @@ def add_run_arguments(parser: argparse.ArgumentParser, batch: str | None = "prom
     add("--resume", action=flag, default=None, help="continue a run in --out (default), or refuse to")
 
 
-def add_cache_arguments(parser: argparse.ArgumentParser, chunk: int) -> None:
-    """Adds how a text is read; `chunk` is the default that --help names."""
+def add_cache_arguments(parser: argparse.ArgumentParser, chunk: int, kinds: bool = True) -> None:
+    """Adds how a text is read; `chunk` is the default that --help names, `kinds` whether there is --cache."""
     add = parser.add_argument
     add("--chunk", metavar="N", type=int, help=f"tokens read at once; default: {chunk}")
-    add("--cache", metavar="KIND", help="auto (default: the model's own, else full), full, or stream")
-    add("--sinks", metavar="N", type=int, help="of --cache stream; default: 4")
-    add("--window", metavar="N", type=int, help="of --cache stream; default: 1020")
-    add("--retention", metavar="NAME", help="of --cache stream: what fills --budget, such as h2o or key_norm")
+    if kinds:
+        add("--cache", metavar="KIND", help="auto (default: the model's own, else full), full, or stream")
+    of = "of --cache stream" if kinds else "of streaming"
+    add("--sinks", metavar="N", type=int, help=f"{of}; default: 4")
+    add("--window", metavar="N", type=int, help=f"{of}; default: 1020")
+    add("--retention", metavar="NAME", help=f"{of}: what fills --budget, such as h2o or key_norm")
 
 
 def _read_file(path: str, known: Sequence[str]) -> Any:
