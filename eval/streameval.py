@@ -19,11 +19,11 @@ from .haystacks import key_words
 from .loading import model_identity, tokenizer_identity
 from .niah import _evaluating, _row, retention_budget
 from .reports import case_table, print_cases
-from .results import SampleLog, claim_folder, result, row, say, write_bytes, write_json
+from .results import SampleLog, claim_folder, result, row, say, wilson, write_bytes, write_json
 from .streaming import cache_text, new_cache
 from .streams import Piece, Stream, check_tokenizer, read_streams, run_streams
 
-DEFINITION = "StreamEval over lines as in LongEval, one distance a stream, right answers in the stream, version 1"
+DEFINITION = "StreamEval over lines as in LongEval, one distance a stream, right answers in the stream, version 2"
 NAMES = ("numbers", "words")
 HEAD = "Each line of this record gives the REGISTER_CONTENT of a name. Some lines are asked for later.\n\n"
 LINE = "line {name}: REGISTER_CONTENT is <{value}>\n"
@@ -193,5 +193,8 @@ def _rows(records: list[dict[str, Any]], distance: int, system: str) -> list[dic
     found = _row(records, f"streameval D{distance}", system)
     if found is None:
         return []
-    largest = max(record["cache_bytes"] for record in records if record["score"] is not None)
-    return [found, row(f"cache D{distance}", system, "bytes", largest, largest, largest, 1)]
+    read = [record for record in records if record["score"] is not None]
+    right, tokens = (sum(record["tokens"][place] for record in read) for place in (0, 1))
+    known = row(f"streameval D{distance} tokens", system, "accuracy", right / tokens, *wilson(right, tokens), tokens)
+    largest = max(record["cache_bytes"] for record in read)
+    return [found, known, row(f"cache D{distance}", system, "bytes", largest, largest, largest, 1)]

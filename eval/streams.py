@@ -102,6 +102,7 @@ class Stream:
             "expected": piece.answer,
             "prediction": self.tokenizer.decode([guess for _, guess in self.said]),
             "score": float(all(token == guess for token, guess in self.said)),
+            "tokens": [sum(token == guess for token, guess in self.said), len(self.said)],
             "error": None,
         }
 

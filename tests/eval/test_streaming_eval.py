@@ -319,6 +319,8 @@ def test_accuracy_falls_with_what_the_memory_holds(tokenizer, tmp_path):
     assert rows["streameval D2"]["median"] == 1.0
     assert rows["streameval D2"]["n"] == 9
     assert rows["streameval D15"]["median"] == 0.0
+    assert rows["streameval D2 tokens"]["median"] == 1.0 > rows["streameval D15 tokens"]["median"]
+    assert rows["streameval D2 tokens"]["n"] > 9
     assert rows["cache D2"]["median"] == 32
     records = [json.loads(line) for line in (tmp_path / "out/samples/distance-2.jsonl").read_text().splitlines()]
     assert {record["stream"] for record in records} == {0, 1, 2}
@@ -395,5 +397,7 @@ def test_the_commands(tmp_path, tokenizer, book):
     result = json.loads((tmp_path / "s/result.json").read_text())
     assert [row["case"] for row in result["rows"] if row["metric"] == "accuracy"] == [
         "streameval D2",
+        "streameval D2 tokens",
         "streameval D5",
+        "streameval D5 tokens",
     ]
