@@ -183,10 +183,11 @@ def run(settings: Settings) -> dict[str, Any]:
     rows = _earlier_rows(out, make([], None, False)) if out.exists() and not settings.overwrite else []
     model, ids_1T = _model_and_text(settings, device)
     for system, size in _systems(settings):
+        name = system if size is None else f"cache of {size} tokens: {system}"
         if any(row["system"] == system and _size(row) == size for row in rows):
-            say(f"{_name(system, size)}: measured before")
+            say(f"{name}: measured before")
             continue
-        say(_name(system, size))
+        say(name)
         rows += _measure(system, model, ids_1T, size, settings)
         write_json(out, make(rows, type(model).__name__, False), overwrite=True)
     content = make(rows, type(model).__name__, True)
@@ -203,10 +204,6 @@ def _systems(settings: Settings) -> list[tuple[str, int | None]]:
     found = [(system, size) for size in settings.cache_sizes for system in ("lalte", *retaining, *SYSTEMS[1:3])]
     dense = any(length <= settings.dense_limit for length in settings.lengths)
     return [*found, ("dense", None)] if dense else found
-
-
-def _name(system: str, size: int | None) -> str:
-    return system if size is None else f"cache of {size} tokens: {system}"
 
 
 def _size(row: dict[str, Any]) -> int | None:
@@ -366,7 +363,8 @@ def _measure(system: str, model: Any, ids_1T: Any, size: int | None, settings: S
             if system != "recompute":
                 rows.append(row(case, system, "perplexity", *_perplexity(losses)))
                 losses = [losses[p] for p in _spread(settings.band, settings.sampled)]
-            rows.append(row(f"{case} sampled", system, "perplexity", *_perplexity(losses)))
+            kept = {"losses": [round(loss, 6) for loss in losses]}  # for ratios of the same tokens
+            rows.append(row(f"{case} sampled", system, "perplexity", *_perplexity(losses)) | kept)
             rows.append(row(case, system, "ms", *_time(reader.step, settings.steps, ids_1T.device)))
             nbytes = reader.nbytes()
             rows.append(row(case, system, "bytes", nbytes, nbytes, nbytes, 1))

@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 
 def table(content: dict[str, Any]) -> str:
-    """The rows as lines for a terminal, with the ratios of times and perplexities to those of lalte in the case."""
+    """The rows as lines for a terminal, with the ratios of times and perplexities to those of lalte in the case.
+
+    Where both are of the same tokens, the ratio of perplexities has its 95 % interval.
+    """
     own = {
-        (row["case"], row["metric"]): row["median"]
+        (row["case"], row["metric"]): row
         for row in content["rows"]
         if row["system"] == "lalte" and row["metric"] != "bytes"
     }
     lines = [f"{'case':<34}{'system':<16}{'metric':<12}{'median':>14}  ratio"]
     for row in content["rows"]:
         key = row["case"], row["metric"]
-        ratio = f"{row['median'] / own[key]:6.2f}" if key in own else ""
+        ratio = _ratio_text(row, own[key]) if key in own else ""
         value = f"{row['median']:.0f}" if row["metric"] == "bytes" else f"{row['median']:.2f}"
         lines.append(f"{row['case']:<34}{row['system']:<16}{row['metric']:<12}{value:>14}  {ratio}".rstrip())
     return "\n".join(lines)
+
+
+def _ratio_text(row: dict[str, Any], own: dict[str, Any]) -> str:
+    text = f"{row['median'] / own['median']:6.2f}"
+    if row is own or "losses" not in row:
+        return text
+    differences = [a - b for a, b in zip(row["losses"], own["losses"], strict=True)]
+    mean, n = sum(differences) / len(differences), len(differences)
+    error = math.sqrt(sum((x - mean) ** 2 for x in differences) / max(1, n - 1) / n)
+    return f"{text} [{math.exp(mean - 1.96 * error):.2f}, {math.exp(mean + 1.96 * error):.2f}]"
 
 
 def draw(content: dict[str, Any], path: str) -> None:
