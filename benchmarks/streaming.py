@@ -14,7 +14,6 @@ written after every system; the same command continues an interrupted run. Impor
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.streaming_report import draw, table
+from benchmarks.streaming_report import draw, earlier_rows, size_of, table
 
 DESCRIPTION = """\
 Reads one long text with a pretrained decoder in several ways: with sinks and a window (lalte), with tokens that a
@@ -177,20 +176,20 @@ def run(settings: Settings) -> dict[str, Any]:
         policy_of(name, budget=1)
     device = pick_device(settings.device)
     out = Path(settings.out or f"benchmarks/results/{_slug(device)}/streaming.json")
-    make = lambda rows, model, complete: result(
-        "streaming", rows, config=asdict(settings), device=device, model=model, complete=complete
+    make = lambda rows, complete: result(
+        "streaming", rows, config=_config(settings), device=device, complete=complete
     )
-    rows = _earlier_rows(out, make([], None, False)) if out.exists() and not settings.overwrite else []
+    rows = earlier_rows(out, make([], False)) if out.exists() and not settings.overwrite else []
     model, ids_1T = _model_and_text(settings, device)
     for system, size in _systems(settings):
         name = system if size is None else f"cache of {size} tokens: {system}"
-        if any(row["system"] == system and _size(row) == size for row in rows):
+        if any(row["system"] == system and size_of(row) == size for row in rows):
             say(f"{name}: measured before")
             continue
         say(name)
         rows += _measure(system, model, ids_1T, size, settings)
-        write_json(out, make(rows, type(model).__name__, False), overwrite=True)
-    content = make(rows, type(model).__name__, True)
+        write_json(out, make(rows, False), overwrite=True)
+    content = make(rows, True)
     write_json(out, content, overwrite=True)
     if settings.figure:
         draw(content, settings.figure)
@@ -206,31 +205,11 @@ def _systems(settings: Settings) -> list[tuple[str, int | None]]:
     return [*found, ("dense", None)] if dense else found
 
 
-def _size(row: dict[str, Any]) -> int | None:
-    """Cache size of a row's case."""
-    words = row["case"].split()
-    return int(words[1]) if words[0] == "cache" else None
-
-
-def _earlier_rows(out: Path, here: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of an interrupted run of the same settings on the same kind of device.
-
-    Raises:
-        ValueError: the file holds a finished run, or another one.
-    """
-    from eval.results import read_json
-
-    there = read_json(out)
-    if there.get("complete", True):
-        raise ValueError(f"out: {out} exists; choose another file, or give --overwrite")
-    config = json.loads(json.dumps(here["config"]))
-    config["figure"] = there["config"]["figure"]
-    for name, mine in (("device", here["device"]), ("config", config), ("versions", here["versions"])):
-        if there[name] != mine:
-            raise ValueError(
-                f"out: {out} holds an unfinished run with another {name}; choose another file, or give --overwrite"
-            )
-    return there["rows"]
+def _config(settings: Settings) -> dict[str, Any]:
+    """What the numbers depend on, files by their names."""
+    names = {name: Path(path).name for name in ("model", "text") if (path := getattr(settings, name))}
+    left_out = ("out", "figure", "overwrite")
+    return {name: value for name, value in (asdict(settings) | names).items() if name not in left_out}
 
 
 def _slug(device: Any) -> str:

@@ -1,9 +1,37 @@
-"""The result of `lalte bench streaming` as a table and as a figure."""
+"""The result of `lalte bench streaming`: as a table, as a figure, and taken up again where a run was interrupted."""
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
+
+
+def size_of(row: dict[str, Any]) -> int | None:
+    """Cache size of a row's case."""
+    words = row["case"].split()
+    return int(words[1]) if words[0] == "cache" else None
+
+
+def earlier_rows(out: Path, here: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of an interrupted run of the same settings on the same kind of device.
+
+    Raises:
+        ValueError: the file holds a finished run, or another one.
+    """
+    from eval.results import read_json
+
+    there = read_json(out)
+    if there.get("complete", True):
+        raise ValueError(f"out: {out} exists; choose another file, or give --overwrite")
+    here = json.loads(json.dumps(here))
+    for name in ("device", "config", "versions"):
+        if there[name] != here[name]:
+            raise ValueError(
+                f"out: {out} holds an unfinished run with another {name}; choose another file, or give --overwrite"
+            )
+    return there["rows"]
 
 
 def table(content: dict[str, Any]) -> str:

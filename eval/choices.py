@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .streaming import texts_identity
+
 HUB = {"arc_easy": ("allenai/ai2_arc", "ARC-Easy"), "arc_challenge": ("allenai/ai2_arc", "ARC-Challenge")}
 SPLIT = "test"
 LETTERS = "ABCDEFGHIJ"
@@ -70,7 +72,7 @@ def _records(path: Path) -> Iterable[tuple[str, Any]]:
 
 
 def read_questions(task: str, source: str | Path | None = None) -> tuple[list[Question], str]:
-    """(questions in their order, name of their source).
+    """(questions in their order, name of their source; for a file its name, bytes and a digest).
 
     Args:
         task: `arc_easy` or `arc_challenge`, whose data set on the hub is the default.
@@ -85,6 +87,7 @@ def read_questions(task: str, source: str | Path | None = None) -> tuple[list[Qu
     name = str(source or HUB[task][0])
     if Path(name).is_file():
         found = [_question(record, where) for where, record in _records(Path(name))]
+        name = texts_identity([name])[0]
     elif Path(name).exists() or name.endswith((".jsonl", ".json", ".gz")):
         raise ValueError(f"data: {name} is not a file; give a file, or the name of a data set on the hub")
     else:

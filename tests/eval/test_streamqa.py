@@ -46,7 +46,9 @@ def test_questions_are_read_in_every_form(tmp_path):
     with gzip.open(tmp_path / "c.jsonl.gz", "wt") as file:
         file.write("\n".join(map(json.dumps, ours)))
     for name in ("a.json", "b.jsonl", "c.jsonl.gz"):
-        assert read_questions("arc_easy", tmp_path / name) == (QUESTIONS, str(tmp_path / name))
+        found, source = read_questions("arc_easy", tmp_path / name)
+        assert found == QUESTIONS
+        assert source.startswith(f"{name} {(tmp_path / name).stat().st_size} ")
     for text, words in (
         ("[]", "holds no question"),
         ("[{}]", "entry 0 is no question"),
