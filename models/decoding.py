@@ -89,7 +89,9 @@ class GraphedDecoder:
             self.token = torch.zeros(cache.batch, 1, dtype=torch.int64, device=device)
             self.ended = torch.zeros(cache.batch, dtype=torch.bool, device=device)
         self.logits: Tensor | None = None
-        self._replay = self._capture(DecodeStep(model, cache, overlap))
+        step = DecodeStep(model, cache, overlap)
+        self._frequencies = step.frequencies  # the graph reads them; the step itself would keep the cache alive
+        self._replay = self._capture(step)
         self._addresses = addresses(model, cache)
 
     @property

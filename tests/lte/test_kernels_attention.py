@@ -64,7 +64,9 @@ def make_end(kind, batch, keys, slots, heads, window):
     else:
         raise AssertionError(kind)
     if slots:
+        # half of the slots are seen by all, so that a single query sees many keys
         slot_end = torch.randint(0, keys + 1, (batch, slots, heads))
+        slot_end = torch.where(torch.rand(slot_end.shape) < 0.5, keys, slot_end)
         end = torch.cat([slot_end, end[:, slots:]], 1)
     return end.int()
 

@@ -42,12 +42,12 @@ LARGE = {
 def build(heads, dim, options, dtype=torch.float32, device="cpu"):
     """A scorer of which every part matters; its numbers are exact in `dtype`."""
     torch.manual_seed(0)
-    scorer = RetentionScorer(heads, dim, **options).to(device).eval()
+    scorer = RetentionScorer(heads, dim, **options).eval()
     with torch.no_grad():
         for p in scorer.parameters():
             scale = 0.3 if p.ndim < 4 else 1.5 * (p.shape[1] * p.shape[2]) ** -0.5
             p.copy_(torch.randn_like(p).mul_(scale).to(dtype))
-    return scorer
+    return scorer.to(device)  # drawn on the CPU: the same numbers on every device
 
 
 def kernels(scorer, x, layout, dropout=0.0):
