@@ -20,7 +20,7 @@ from lte.attention import interval_attention
 from lte.visibility import NEVER
 from models import fla_adapter, nsa_reference
 from models.config import HybridConfig
-from models.mixer import Context, MixerOutput
+from models.mixer import Context, Mixer, MixerOutput
 from models.ops import rotate
 
 BRANCHES = 3
@@ -133,7 +133,7 @@ class NativeSparseState:
             pooled.scatter_(2, row, nsa_reference.pool(nsa_reference.take(x, slot_BHK), block_size))
 
 
-class NativeSparseAttention(nn.Module):
+class NativeSparseAttention(Mixer):
     """Native sparse attention mixer (arXiv 2502.11089).
 
     On a CUDA device flash-linear-attention's kernels compute the compressed and the selected branch of whole
