@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lte.attention import in_cache_attention, interval_attention, straight_through
 from lte.cache import GrowingCache, RetainedCache
-from lte.policies import POLICIES, Arrivals, Policy, observed_attention, observed_lifetimes
+from lte.policies import POLICIES, Arrivals, Policy, observed_attention, observed_lifetimes, policy_name
 from lte.scorer import RetentionScorer, ScorerState, channels_of
 from lte.sparsity import RetentionStats, retention_stats
 from lte.visibility import lifetimes
@@ -42,6 +42,19 @@ class AttentionState:
     @property
     def bytes_per_token(self) -> int:
         return self.kv.bytes_per_token
+
+    @property
+    def rule(self) -> dict[str, str | int]:
+        """Slots by what they are for, and what fills the retained ones."""
+        if isinstance(self.kv, GrowingCache):
+            return {}
+        retention = policy_name(self.policy) if self.policy is not None else "lte" if self.scorer else "none"
+        return {
+            "retention": retention,
+            "budget": self.kv.budget,
+            "sinks": self.kv.sinks,
+            "window": self.kv.window,
+        }
 
     def reset(self) -> None:
         self.kv.reset()

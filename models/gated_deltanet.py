@@ -71,6 +71,11 @@ class GatedDeltaNetState:
         """Growth with every token: none."""
         return 0
 
+    @property
+    def rule(self) -> dict[str, str | int]:
+        """Empty: there are no slots."""
+        return {}
+
     @torch.no_grad()
     def reset(self) -> None:
         """Forget everything."""

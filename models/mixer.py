@@ -61,6 +61,10 @@ class MixerState(Protocol):
     def bytes_per_token(self) -> int:
         """Bytes that every further token of a row takes; 0 where the size is fixed."""
 
+    @property
+    def rule(self) -> dict[str, str | int]:
+        """What its slots are for, by name: sinks, window, budget, retention; empty where nothing is evicted."""
+
     def reset(self) -> None: ...
 
     def reorder(self, index: Tensor) -> None: ...
@@ -71,9 +75,11 @@ class Mixer(nn.Module, ABC):
 
     Attributes:
         retention: what fills the slots for retained tokens; `none` in a mixer that has no such slots.
+        budget: number of these slots.
     """
 
     retention = "none"
+    budget = 0
 
     def set_retention(self, retention: str) -> None:
         """Prepare for a policy (`HybridForCausalLM.set_retention` has checked it)."""

@@ -74,6 +74,11 @@ class NativeSparseState:
         heads, _, dim = self.k.shape[1:]
         return 2 * heads * dim * self.k.element_size() * (self.block_size + 1) // self.block_size
 
+    @property
+    def rule(self) -> dict[str, str | int]:
+        """Empty: nothing is evicted."""
+        return {}
+
     def reset(self) -> None:
         """Forget everything, keep the memory."""
         self.seen.zero_()

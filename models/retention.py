@@ -5,11 +5,15 @@ Shapes: L attention layers with a scorer, H KV heads.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
 from lte.sparsity import PenaltyControl, RetentionStats
 from models.config import HybridConfig
+from models.mixer import Mixer
 
 
 def build_penalty_control(config: HybridConfig) -> PenaltyControl | None:
@@ -35,6 +39,16 @@ class RetentionControls:
 
     penalty_control: PenaltyControl | None
 
+    @property
+    def retention(self) -> str:
+        """What fills the budget now; `none` in a model without retained tokens."""
+        return next((m.retention for m in self._mixers() if m.retention != "none"), "none")
+
+    @property
+    def retention_budget(self) -> int:
+        """Slots for retained tokens of each KV head, enforced in evaluation and in caches made now."""
+        return max(mixer.budget for mixer in self._mixers())
+
     def set_retention(self, retention: str | None) -> None:
         """Fill the budget by another policy, without training, in forwards and in caches made from now on.
 
@@ -54,8 +68,8 @@ class RetentionControls:
             raise ValueError("retention='lte': this model has no retention scorer; use another policy, or train one")
         if retention != "none" and "attention" not in self.config.layer_types:
             raise ValueError(f"retention={retention!r}: this model has no attention layers; use another model")
-        for layer in self.model.layers:
-            layer.mixer.set_retention(retention)
+        for mixer in self._mixers():
+            mixer.set_retention(retention)
 
     def set_retention_budget(self, budget: int | None) -> None:
         """Enforce another budget in evaluation and in caches made from now on; None: the config's.
@@ -65,14 +79,48 @@ class RetentionControls:
         """
         if budget is not None and budget < 0:
             raise ValueError(f"budget={budget} must be 0 or more, or None for the config's {self.config.budget}")
-        mixers = [layer.mixer for layer in self.model.layers]
-        if budget and not self.config.has_scorer and all(mixer.retention == "none" for mixer in mixers):
+        if budget and not self.config.has_scorer and self.retention == "none":
             raise ValueError(
                 f"budget={budget}: this model has no retention scorer to fill it; use 0 or None, or choose a policy "
                 "first with set_retention"
             )
-        for mixer in mixers:
+        for mixer in self._mixers():
             mixer.set_budget(self.config.budget if budget is None else budget)
+
+    def use_retention(self, retention: str | None = None, budget: int | None = None) -> None:
+        """Policy and budget as a command line gives them; None leaves one of them as it is.
+
+        Raises:
+            ValueError: as `set_retention` and `set_retention_budget`, or a policy that has no slots.
+        """
+        if retention == "none" and budget:
+            raise ValueError(
+                f"retention='none' retains nothing, so budget={budget} has no use; leave one of them out"
+            )
+        if retention not in (None, "none") and budget is None and self.retention_budget == 0:
+            self.config.check_retention(retention)
+            raise ValueError(
+                f"retention={retention!r} has no slots to fill: this model's budget is 0; give a budget, such as 512"
+            )
+        if retention is not None:
+            self.set_retention(retention)
+        if budget is not None:
+            self.set_retention_budget(budget)
+
+    @contextmanager
+    def with_retention(self, retention: str | None = None, budget: int | None = None) -> Iterator[None]:
+        """`use_retention` for a while; afterwards policy and budget are those from before."""
+        before = [(mixer, self.retention, mixer.budget) for mixer in self._mixers()]
+        try:
+            self.use_retention(retention, budget)
+            yield
+        finally:
+            for mixer, own, slots in before:
+                mixer.set_retention(own)
+                mixer.set_budget(slots)
+
+    def _mixers(self) -> list[Mixer]:
+        return [layer.mixer for layer in self.model.layers]
 
     def update_retention_penalty(self) -> None:
         """After each optimizer step: steer the L1 penalty's weight to the target density (lte/sparsity.py)."""
