@@ -111,8 +111,11 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
         "  cat book.txt | lalte generate --model runs/quickstart -\n"
         "  lalte generate --model runs/quickstart --prompt-file book.txt --session book.session --max-new-tokens 0\n"
         '  lalte generate --model runs/quickstart --session book.session --prompt "What was the number?"\n'
+        "  lalte generate --model runs/quickstart --prompt-file book.txt --retention h2o --budget 64\n"
         "Ctrl-C ends the text; the session is kept."
     )
+    from eval.settings import add_retention_arguments
+
     add = parser.add_argument
     add("--model", metavar="DIR", required=True, help="folder of the model and its tokenizer")
     source = parser.add_mutually_exclusive_group()
@@ -126,7 +129,7 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--top-k", metavar="N", type=int, help="draw from the N likeliest tokens")
     add("--top-p", metavar="X", type=float, help="draw from the likeliest tokens of total probability X")
     add("--seed", metavar="N", type=int, default=0, help="of the draws; default: 0")
-    add("--budget", metavar="N", type=int, help="retained tokens per head; 0: none; default: the model's own")
+    add_retention_arguments(parser)
     add("--device", metavar="NAME", default="auto", help="auto (default), cpu, cuda, cuda:1, …")
     add("--dtype", metavar="NAME", default="auto", help="auto (default: as saved), float32, bfloat16, float16")
 
@@ -181,8 +184,7 @@ def _generate(args: argparse.Namespace) -> int:
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     _quiet()
     model, tokenizer = load(args.model, args.device, args.dtype)
-    if args.budget is not None:
-        model.set_retention_budget(args.budget)
+    model.use_retention(args.retention, args.budget)
     return terminal.run(
         model,
         tokenizer,

@@ -43,11 +43,19 @@ def add_run_arguments(parser: argparse.ArgumentParser, batch: str | None = "prom
     add("--config", metavar="FILE", help="YAML with any of these settings; options given here win")
     if batch is not None:
         add("--batch-size", metavar="N", type=int, help=batch)
-    add("--budget", metavar="N", type=int, help="retained tokens per head (0: none); default: the model's own")
+    add_retention_arguments(parser)
     add("--device", metavar="NAME", help="auto (default), cpu, cuda, cuda:1, …")
     add("--dtype", metavar="NAME", help="auto (default: as saved), float32, bfloat16, float16")
     flag = argparse.BooleanOptionalAction
     add("--resume", action=flag, default=None, help="continue a run in --out (default), or refuse to")
+
+
+def add_retention_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds how many tokens are retained, and what chooses them."""
+    add = parser.add_argument
+    add("--budget", metavar="N", type=int, help="retained tokens per head (0: none); default: the model's own")
+    policies = "lte (its scorer), none, recency, random, h2o, tova, key_norm or delta_error"
+    add("--retention", metavar="NAME", help=f"what chooses them: {policies}; default: the model's own")
 
 
 def add_cache_arguments(parser: argparse.ArgumentParser, chunk: int) -> None:

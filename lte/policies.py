@@ -161,6 +161,11 @@ POLICIES: dict[str, type[Policy]] = {
 }
 
 
+def policy_name(policy: Policy) -> str:
+    """The name under which a policy is chosen."""
+    return next(name for name, kind in POLICIES.items() if type(policy) is kind)
+
+
 def _ordered(number: Tensor) -> Tensor:
     """Positive float32 in the order of the integers 0 … 2,130,706,431: the bits of floats are ordered as they are."""
     return (number.clamp(0, _RANKS - 1) + _FIRST_NORMAL).to(torch.int32).view(torch.float32)

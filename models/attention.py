@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from lte.attention import in_cache_attention, interval_attention, straight_through
 from lte.cache import GrowingCache, RetainedCache
-from lte.policies import POLICIES, Arrivals, Policy, observed_attention, observed_lifetimes
+from lte.policies import POLICIES, Arrivals, Policy, observed_attention, observed_lifetimes, policy_name
 from lte.scorer import RetentionScorer, ScorerState, channels_of
 from lte.sparsity import RetentionStats, retention_stats
 from lte.visibility import lifetimes
 from models.config import HybridConfig
-from models.mixer import Context, MixerOutput
+from models.mixer import Context, Mixer, MixerOutput
 from models.ops import rotate
 from models.rotary import rotary_frequencies
 
@@ -43,6 +43,19 @@ class AttentionState:
     def bytes_per_token(self) -> int:
         return self.kv.bytes_per_token
 
+    @property
+    def rule(self) -> dict[str, str | int]:
+        """Slots by what they are for, and what fills the retained ones."""
+        if isinstance(self.kv, GrowingCache):
+            return {}
+        retention = policy_name(self.policy) if self.policy is not None else "lte" if self.scorer else "none"
+        return {
+            "retention": retention,
+            "budget": self.kv.budget,
+            "sinks": self.kv.sinks,
+            "window": self.kv.window,
+        }
+
     def reset(self) -> None:
         self.kv.reset()
         if self.scorer is not None:
@@ -66,7 +79,7 @@ def build_scorer(config: HybridConfig) -> RetentionScorer:
     )
 
 
-class RetainedAttention(nn.Module):
+class RetainedAttention(Mixer):
     """Grouped-query attention under the visibility rule (arXiv 2510.20787).
 
     Without a window it is full attention, without a budget sliding-window attention with sinks.
@@ -97,6 +110,14 @@ class RetainedAttention(nn.Module):
         self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
         self.scorer_sizes = tuple(config.scorer_kernel_sizes), tuple(config.scorer_dilations)
         self.scorer = build_scorer(config) if config.has_scorer and config.scorer_sharing != "layers" else None
+
+    def set_retention(self, retention: str) -> None:
+        """What fills the budget from now on."""
+        self.retention = retention
+
+    def set_budget(self, budget: int) -> None:
+        """Slots for retained tokens, enforced in evaluation and in caches allocated from now on."""
+        self.budget = budget
 
     @property
     def policy(self) -> Policy | None:

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from lte.cache import RetainedCache
 from models.attention import AttentionState, RetainedAttention
+from models.blocks import Block
 from models.cache import HybridCache
 from models.gated_deltanet import GatedDeltaNet, GatedDeltaNetState
 from models.mixer import Context
-from models.modeling import Block, HybridForCausalLM
+from models.modeling import HybridForCausalLM
 from models.rotary import rotary_frequencies
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

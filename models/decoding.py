@@ -199,7 +199,7 @@ def _kind(model: HybridForCausalLM, rows: int) -> tuple:
     """What a kept cache must agree in."""
     weight = model.model.embed_tokens.weight
     mixers = [layer.mixer for layer in model.model.layers]
-    rules = tuple((getattr(mixer, "budget", None), getattr(mixer, "retention", None)) for mixer in mixers)
+    rules = tuple((mixer.budget, mixer.retention) for mixer in mixers)
     return rows, weight.dtype, weight.device, rules, torch.is_inference_mode_enabled()
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lte.layout import Layout
 from models import delta_rule, fla_adapter
-from models.mixer import MixerOutput
+from models.mixer import Mixer, MixerOutput
 
 # arXiv 2405.21060 (Mamba-2): decay rates are drawn from (0, 16), time steps from [0.001, 0.1]
 _MAX_RATE = 16.0
@@ -70,6 +70,11 @@ class GatedDeltaNetState:
     def bytes_per_token(self) -> int:
         """Growth with every token: none."""
         return 0
+
+    @property
+    def rule(self) -> dict[str, str | int]:
+        """Empty: there are no slots."""
+        return {}
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -127,7 +132,7 @@ class GatedRMSNorm(nn.Module):
         return (normed * weight * F.silu(gate)).to(x_BTHV.dtype)
 
 
-class GatedDeltaNet(nn.Module):
+class GatedDeltaNet(Mixer):
     """Gated DeltaNet mixer (arXiv 2412.06464).
 
     Args:
@@ -195,6 +200,10 @@ class GatedDeltaNet(nn.Module):
         for conv in (self.q_conv1d, self.k_conv1d, self.v_conv1d):
             conv.reset_parameters()
         self.o_norm.weight.fill_(1)
+
+    def set_retention(self, retention: str) -> None:
+        """Report writes for the policy that ranks by them."""
+        self.reports_writes = retention == "delta_error"
 
     def allocate_state(
         self, batch: int, dtype: torch.dtype, device: torch.device | str | None = None

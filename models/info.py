@@ -109,6 +109,15 @@ def _line(label: str, text: str) -> str:
     return f"{label:<26}{text}"
 
 
+def _retention(config: HybridConfig) -> str:
+    """What fills the slots for retained tokens."""
+    if config.window is None:
+        return "none: nothing is evicted"
+    if config.has_scorer:
+        return f"lte (trained scorer), lookahead {config.lookahead}, shared over: {config.scorer_sharing}"
+    return config.retention if config.retention == "none" else f"{config.retention} (needs no training)"
+
+
 def _rules(config: HybridConfig) -> Iterator[tuple[str, str]]:
     """Label and numbers of each kind of layer that the model has."""
     if "gated_deltanet" in config.layer_types:
@@ -128,8 +137,7 @@ def _rules(config: HybridConfig) -> Iterator[tuple[str, str]]:
                 "visible keys",
                 f"{config.sinks} sinks + {config.budget} retained + window of {config.window} = {slots} a KV head",
             )
-    if config.has_scorer:
-        yield "retention scorer", f"lookahead {config.lookahead}, shared over: {config.scorer_sharing}"
+        yield "retention", _retention(config)
     if "nsa" in config.layer_types:
         yield (
             MIXERS["nsa"],

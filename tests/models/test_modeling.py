@@ -10,7 +10,8 @@ import torch
 
 from lte.layout import Layout
 from models import HybridForCausalLM
-from models.modeling import IGNORE, RetainedAttention
+from models.attention import RetainedAttention
+from models.ops import IGNORE
 from tests.tiny_models import (
     VARIANTS,
     assert_close,
