@@ -12,6 +12,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lte.layout import Layout, check_cu_seqlens
 from lte.visibility import lifetimes
@@ -140,8 +141,14 @@ class _StraightThrough(torch.autograd.Function):
         return v_BTHD.view_as(v_BTHD)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_BTHD: Tensor):
         v_BTHD, logits_BTH = ctx.saved_tensors
+        if all(x.is_cuda and x.dtype in KERNEL_DTYPES for x in (grad_BTHD, v_BTHD, logits_BTH)):
+            from lte.kernels.elementwise import straight_through_gradient
+
+            tensors = (x.contiguous() for x in (grad_BTHD, v_BTHD, logits_BTH))
+            return grad_BTHD, straight_through_gradient(*tensors)
         r_BTH = logits_BTH.to(torch.promote_types(logits_BTH.dtype, torch.float32)).sigmoid()
         # summed in at least float32: many small products of either sign
         through_BTH = torch.linalg.vecdot(grad_BTHD.to(r_BTH.dtype), v_BTHD.to(r_BTH.dtype))

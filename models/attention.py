@@ -18,7 +18,7 @@ from lte.sparsity import RetentionStats, retention_stats
 from lte.visibility import lifetimes
 from models.config import HybridConfig
 from models.mixer import Context, Mixer, MixerOutput
-from models.ops import rotate
+from models.ops import linears, rotate
 from models.rotary import rotary_frequencies
 
 
@@ -152,9 +152,8 @@ class RetainedAttention(Mixer):
     def forward(self, x_BTC: Tensor, context: Context, state: AttentionState | None = None) -> MixerOutput:
         """Mix the tokens of x_BTC [B, T, C]; with a state, after the cached ones, updating it in place."""
         batch, length = x_BTC.shape[:2]
-        q = self.q_proj(x_BTC).view(batch, length, self.heads, self.head_dim)
-        k = self.k_proj(x_BTC).view(batch, length, self.kv_heads, self.head_dim)
-        v = self.v_proj(x_BTC).view(batch, length, self.kv_heads, self.head_dim)
+        projected = linears(x_BTC, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (x.view(batch, length, -1, self.head_dim) for x in projected)
         scorer = self.scorer if self.scorer is not None else context.shared_scorer
         if state is not None:
             out = self._cached(q, k, v, scorer, context, state)

@@ -14,7 +14,7 @@ from models.config import HybridConfig
 from models.gated_deltanet import GatedDeltaNet
 from models.mixer import Context, Mixer, MixerState
 from models.native_sparse_attention import NativeSparseAttention
-from models.ops import RMSNorm, swiglu
+from models.ops import RMSNorm, linears, swiglu
 
 
 class MLP(nn.Module):
@@ -27,7 +27,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x_BTC), self.up_proj(x_BTC)))
+        return self.down_proj(swiglu(*linears(x_BTC, self.gate_proj, self.up_proj)))
 
 
 def build_mixer(config: HybridConfig, kind: str) -> Mixer:

@@ -21,6 +21,7 @@ from torch import Tensor
 from lte.kernels.attention_backward import attention_backward
 from lte.kernels.columns import (
     Geometry,
+    Schedule,
     Tile,
     block_tokens,
     build_schedule,
@@ -189,11 +190,11 @@ def _choose_tiles(q: Tensor) -> Tiles:
     return tiles
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, end_NS: Tensor, sizes: Geometry, tiles: Tiles) -> tuple[Tensor, Tensor]:
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, end_NS: Tensor, sizes: Geometry, tile: Tile, plan: Schedule
+) -> tuple[Tensor, Tensor]:
     """Output [B, T, Q, D] and the base-2 logarithm of each row's softmax sum, +inf where a row sees no key."""
-    tile = tiles.forward
     heads = sizes.batch * sizes.heads
-    plan = build_schedule(end_NS, sizes, tile, span_tokens=tiles.span_tokens, scan=tiles.scan)
     blocks = plan.plan_NQ4.shape[1]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse_NR = torch.empty(heads, sizes.tokens * sizes.group, dtype=torch.float32, device=q.device)
@@ -212,9 +213,10 @@ class _IntervalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, end_NS, sizes, tiles):
         with _on_device(q):
-            out, lse_NR = _forward(q, k, v, end_NS, sizes, tiles)
+            plan = build_schedule(end_NS, sizes, tiles.forward, span_tokens=tiles.span_tokens, scan=tiles.scan)
+            out, lse_NR = _forward(q, k, v, end_NS, sizes, tiles.forward, plan)
         ctx.save_for_backward(q, k, v, out, lse_NR, end_NS)
-        ctx.sizes, ctx.tiles = sizes, tiles
+        ctx.sizes, ctx.tiles, ctx.plan = sizes, tiles, plan
         return out
 
     @staticmethod
@@ -232,6 +234,7 @@ class _IntervalAttention(torch.autograd.Function):
                 lse_NR,
                 end_NS,
                 ctx.sizes,
+                ctx.plan,
                 query_tile=tiles.query,
                 key_tile=tiles.key,
                 span_tokens=tiles.span_tokens,

@@ -14,6 +14,7 @@ from torch import Tensor
 from lte.kernels.columns import (
     BIG,
     Geometry,
+    Schedule,
     Tile,
     block_tokens,
     build_schedule,
@@ -320,13 +321,17 @@ def attention_backward(
     lse_NR: Tensor,
     end_NS: Tensor,
     sizes: Geometry,
+    plan: Schedule,
     *,
     query_tile: Tile,
     key_tile: Tile,
     span_tokens: int,
     scan: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv from the forward pass's tensors; `lse_NR` is in base 2, +inf where a row sees no key."""
+    """dq, dk, dv from the forward pass's tensors; `lse_NR` is in base 2, +inf where a row sees no key.
+
+    `plan` is the forward pass's schedule, used again as far as the tiles agree.
+    """
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3])
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
@@ -336,7 +341,9 @@ def attention_backward(
     scales = (sizes.scale * LOG2E, sizes.scale)
     heads = sizes.batch * sizes.heads
 
-    plan = build_schedule(end_NS, sizes, query_tile, span_tokens=span_tokens, scan=scan)
+    columns = plan.columns
+    if not plan.fits(query_tile):
+        plan = build_schedule(end_NS, sizes, query_tile, span_tokens=span_tokens, scan=scan)
     blocks = plan.plan_NQ4.shape[1]
     _query_kernel[(blocks * heads,)](
         q, k, v, end_NS, plan.plan_NQ4, plan.columns_NPS, out, do, lse_NR, delta_NR, dq,
@@ -351,8 +358,10 @@ def attention_backward(
     slots = max(column_tiles // 2, 1)
     numbers = (*border, tiles, slots, *scales, heads)
     options = dict(sizes.constants(), ROWS=key_tile.rows, KEYS=width, **key_tile.options())
-    if sizes.has_columns:
-        columns_NS, prefix_NK1 = list_columns(end_NS, sizes, width, scan=scan)
+    if columns is not None:
+        if columns.width != width:
+            columns = list_columns(end_NS, sizes, width, scan=scan)
+        columns_NS, prefix_NK1 = columns.columns_NS, columns.prefix_NK1
         partial = torch.empty(heads, slots, 2, width, sizes.dim, dtype=torch.float32, device=q.device)
         grads = (do, lse_NR, delta_NR, dk, dv, partial)
         _column_kernel[(column_tiles * heads,)](

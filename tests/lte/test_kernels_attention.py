@@ -137,6 +137,17 @@ WIDE_CASES = [
 ]
 
 
+# the backward pass follows the forward pass's schedule
+SHARED = Tiles(Tile(32, 16, 4, 1), Tile(32, 16, 4, 1), Tile(32, 16, 4, 1), span_tokens=24, scan=64)
+
+
+@interpreted
+@pytest.mark.parametrize("case", [SMALL_CASES[i] for i in (1, 3, 4, 11)])
+def test_shared_schedule(case, monkeypatch):
+    torch.manual_seed(case[1])
+    compare(monkeypatch, *case, batch=1, tiles=SHARED)
+
+
 @interpreted
 @pytest.mark.parametrize("case", SMALL_CASES)
 def test_small_tiles(case, monkeypatch):
