@@ -442,12 +442,26 @@ def test_graph_is_the_model_over_200_steps(name, batch):
 @torch.no_grad()
 @pytest.mark.parametrize("batch", [1, 5])
 def test_graph_in_bfloat16(batch):
+    """A graph's steps are as close to the same weights in float32 as the model's own steps are."""
     model = make_model(hidden_size=128, intermediate_size=200, gdn_head_dim=40, head_dim=36).cuda().bfloat16()
     model.set_retention_budget(0)  # which token is kept hangs on the last digit
+    exact = copy.deepcopy(model).float()
     ids = make_ids(batch, 225).cuda()
-    cache = model.new_cache(batch)
-    prefill(model, ids[:, :25], cache)
-    teacher_forced(model, GraphedDecoder(model, cache), ids, 4e-2)
+    caches = [m.new_cache(batch) for m in (model, model, exact)]
+    for m, cache in zip((model, model, exact), caches, strict=True):
+        prefill(m, ids[:, :25], cache)
+    decoder = GraphedDecoder(model, caches[0])
+    errors, size = [0.0, 0.0], 0.0
+    for token in ids[:, 25:].split(1, 1):
+        decoder.token.copy_(token)
+        decoder.step()
+        found = decoder.logits, decode_one_token(model, token, caches[1])
+        want = decode_one_token(exact, token, caches[2]).double()
+        size += float(want.square().sum())
+        errors = [e + float((x.double() - want).square().sum()) for e, x in zip(errors, found, strict=True)]
+    graph, eager = ((e / size) ** 0.5 for e in errors)
+    assert graph <= 1.2 * eager
+    assert graph <= 5e-2
 
 
 @gpu
@@ -455,6 +469,7 @@ def test_graph_in_bfloat16(batch):
 def test_generate_by_graphs():
     model = make_model().cuda()
     ids, ends = loops_agree(model)
+    generate(model, ids)
     assert model in decoding._CACHES
     kept = decoding._CACHES[model][1]
     decoder = decoding._DECODERS[kept]
