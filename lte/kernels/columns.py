@@ -281,13 +281,13 @@ def _columns_kernel(
     """A program lists SCAN tiles; where its list begins it finds by counting all that come before."""
     head = tl.program_id(1).to(tl.int64)
     own = tl.program_id(0) * SCAN
-    pad, _ = tile_shift(offset, KEYS)
+    pad, _slot_tiles = tile_shift(offset, KEYS)
     end_ptr += head * keys
     prefix_ptr += head * (tiles + 1)
     total = 0
     for tile0 in range(0, own, SCAN):
-        _, column = _columns_of(end_ptr, tile0 + tl.arange(0, SCAN), pad, keys, offset, first, window, KEYS)
-        total += tl.sum(column.to(tl.int32))
+        _earlier, before = _columns_of(end_ptr, tile0 + tl.arange(0, SCAN), pad, keys, offset, first, window, KEYS)
+        total += tl.sum(tl.sum(before.to(tl.int32), 1), 0)
     tile = own + tl.arange(0, SCAN)
     j, column = _columns_of(end_ptr, tile, pad, keys, offset, first, window, KEYS)
     rank, per_tile = rank_columns(column)
