@@ -473,9 +473,12 @@ def test_generate_by_graphs():
     assert model in decoding._CACHES
     kept = decoding._CACHES[model][1]
     decoder = decoding._DECODERS[kept]
+    generate(model, ids)
+    assert decoding._CACHES[model][1] is kept
+    assert decoding._DECODERS[kept] is decoder
     generate(model, ids, eos_token_id=ends)
     assert decoding._CACHES[model][1] is kept
-    assert decoding._DECODERS[kept] is decoder or decoder.ending is not None
+    assert decoding._DECODERS[kept].ending is not None
     decoding.release(model)
     with pytest.warns(UserWarning, match="attends to everything"):
         generate(make_model("transformer").cuda(), ids)
