@@ -50,11 +50,15 @@ class OptimizerConfig:
 class BatchConfig:
     """sequences: rows of data.sequence_length tokens per device and micro-batch. accumulation: micro-batches a step.
 
+    tokens_per_step: tokens of an optimizer step over all devices. The number of micro-batches follows from it and the
+    number of devices, and `sequences` becomes the most rows that a device takes at a time. Null: a step has
+    sequences · accumulation rows a device, so that more devices make a larger batch.
     In a stage with shorter rows there are more of them, so that a micro-batch has about the same tokens.
     """
 
     sequences: int = 8
     accumulation: int = 1
+    tokens_per_step: int | None = None
 
 
 @dataclass
@@ -86,7 +90,7 @@ class TrainConfig:
     output: the run's folder. resume: auto goes on from the newest whole checkpoint in it, never starts anew (and
     wants an empty folder), a path goes on from that checkpoint.
     compile: torch.compile. gradient_checkpointing: recompute blocks in the backward pass. fsdp: shard the model over
-    the ranks that torchrun started, instead of copying it to each.
+    the ranks that torchrun started (FSDP2), instead of copying it to each.
     """
 
     model: ModelSection = field(default_factory=ModelSection)
@@ -109,8 +113,12 @@ class TrainConfig:
     resume: str = "auto"
 
 
-# what may differ between a run and its continuation: it changes neither the data nor the model nor the schedule
-FREE_ON_RESUME = ("output", "resume", "device", "log", "checkpoint", "data.cache_dir", "data.workers")
+# what may differ between a run and its continuation: it changes neither the data nor the model nor the schedule;
+# the rows of a step, which may be cut differently, are compared with those of the checkpoint
+FREE_ON_RESUME = (
+    *("output", "resume", "device", "log", "checkpoint", "data.cache_dir", "data.workers"),
+    *("batch.sequences", "batch.accumulation", "compile", "gradient_checkpointing", "fsdp"),
+)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -213,6 +221,11 @@ def check_config(config: TrainConfig) -> None:
     need(config.data.sequence_length >= 2, "data.sequence_length", config.data.sequence_length, "use 2 or more")
     need(b.sequences >= 1, "batch.sequences", b.sequences, "use 1 or more")
     need(b.accumulation >= 1, "batch.accumulation", b.accumulation, "use 1 or more")
+    if b.tokens_per_step is not None:
+        need(b.tokens_per_step >= 2, "batch.tokens_per_step", b.tokens_per_step, "use 2 or more, or null")
+        need(b.accumulation == 1, "batch.accumulation", b.accumulation, "leave it at 1: tokens_per_step decides")
+    lanes = config.data.lanes
+    need(lanes is None or lanes >= 1, "data.lanes", lanes, "use 1 or more, or null")
     need(o.lr > 0, "optimizer.lr", o.lr, "use a positive learning rate")
     need(o.clip >= 0, "optimizer.clip", o.clip, "use a positive norm, or 0 for no clipping")
     need(o.warmup_steps >= 0, "optimizer.warmup_steps", o.warmup_steps, "use 0 or more")

@@ -265,7 +265,7 @@ def test_newest_whole_checkpoint_is_taken(tmp_path):
         (["needles.digits=0"], r"needles\.digits=0 is below 1"),
         (["data.workers=2"], r"data\.workers=2 with a streamed source"),
         (["curriculum=[{until_step: 4, sequence_length: 12}]"], r"sequence_length=12 tokens can't hold a needle"),
-        (["fsdp=true"], r"fsdp=True shards over CUDA devices: start with torchrun"),
+        (["fsdp=true"], r"fsdp=True shards over the processes that torchrun starts"),
         (["model.weights=none"], r"model\.weights='none' holds no model"),
     ],
 )
