@@ -5,6 +5,7 @@ FSDP2 over another number of ranks, or a whole model on one. Weights and buffers
 holds of a parameter is `optimizer.<parameter>.<name>`.
 """
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer | 
     """Read into a model, in place, or into its optimizer if that is given; all ranks call it together."""
     reader = dcp.HuggingFaceStorageReader(str(checkpoint / FOLDER))
     if optimizer is None:
-        dcp.load(weights(model), storage_reader=reader)
+        _read(weights(model), reader)
         return
     state, saved = {}, reader.read_metadata().state_dict_metadata
     parameters = dict(model.named_parameters())
@@ -45,7 +46,13 @@ def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer | 
             parameter = parameters[owner].detach()
             state[name] = torch.zeros_like(parameter) if saved[name].size else _count(0.0, parameter, optimizer)
             optimizer.state[parameters[owner]][key] = state[name]
-    dcp.load(state, storage_reader=reader)
+    _read(state, reader)
+
+
+def _read(state: dict[str, Tensor], reader: dcp.HuggingFaceStorageReader) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process reads it all
+        dcp.load(state, storage_reader=reader)
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
