@@ -73,13 +73,15 @@ class CheckpointConfig:
 class LogConfig:
     """every: optimizer steps between log entries. tensorboard: write event files to the run's folder `tensorboard`.
 
-    report_to: further reporting integrations of transformers, such as wandb. progress: show a progress bar.
+    report_to: further reporting integrations of transformers: wandb, trackio. progress: show a progress bar.
+    peak_tflops: what the device can do in bfloat16, for the MFU; null: looked up by its name (training/flops.py).
     """
 
     every: int = 10
     tensorboard: bool = True
     report_to: list[str] = field(default_factory=list)
     progress: bool = True
+    peak_tflops: float | None = None
 
 
 @dataclass
@@ -124,30 +126,46 @@ FREE_ON_RESUME = (
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Read a YAML file and merge command-line changes (`optimizer.lr=3e-4`, `data.sources.0.path=x.txt`) over it.
 
+    A file may begin with `extends: other.yaml`, a file beside it whose settings it changes.
     The output folder is runs/<name of the file> unless it is set.
     Raises: ValueError naming the key, its value and what would do.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"the configuration {path} is no file: name a YAML file, such as one of configs/train")
-    try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"the configuration {path} is no YAML: {error}") from None
-    given = {} if given is None else given
-    if not isinstance(given, Mapping):
-        raise ValueError(f"the configuration {path} holds {type(given).__name__}: keys and values are expected")
-    _check_keys(given, TrainConfig, "", str(path))
-    config = OmegaConf.structured(TrainConfig(output=f"runs/{path.stem}"))
-    try:
-        config = OmegaConf.merge(config, OmegaConf.create(dict(given)))
-    except OmegaConfBaseException as error:
-        raise ValueError(f"{path}: {_first_line(error)}") from None
+    config = OmegaConf.structured(TrainConfig(output=f"runs/{Path(path).stem}"))
+    for file, given in reversed(_read(Path(path))):
+        _check_keys(given, TrainConfig, "", str(file))
+        try:
+            config = OmegaConf.merge(config, OmegaConf.create(dict(given)))
+        except OmegaConfBaseException as error:
+            raise ValueError(f"{file}: {_first_line(error)}") from None
     for change in overrides:
         _apply(config, change)
     result = OmegaConf.to_object(config)
     check_config(result)
     return result
+
+
+def _read(path: Path) -> list[tuple[Path, Mapping]]:
+    """What a file says, then what the one says that it extends, and so on."""
+    found: list[tuple[Path, Mapping]] = []
+    while True:
+        if not path.is_file():
+            by = f" (extends in {found[-1][0]})" if found else ""
+            raise ValueError(
+                f"the configuration {path}{by} is no file: name a YAML file, such as one of configs/train"
+            )
+        try:
+            given = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"the configuration {path} is no YAML: {error}") from None
+        given = {} if given is None else given
+        if not isinstance(given, Mapping):
+            raise ValueError(f"the configuration {path} holds {type(given).__name__}: keys and values are expected")
+        if any(path == file for file, _ in found):
+            raise ValueError(f"extends={path.name!r} in {found[-1][0]}: the files extend each other; name another")
+        found.append((path, {key: value for key, value in given.items() if key != "extends"}))
+        if "extends" not in given:
+            return found
+        path = path.parent / str(given["extends"])
 
 
 def _apply(config: Any, change: str) -> None:
@@ -236,6 +254,8 @@ def check_config(config: TrainConfig) -> None:
     need(config.checkpoint.every >= 1, "checkpoint.every", config.checkpoint.every, "use 1 or more")
     need(config.checkpoint.keep >= 1, "checkpoint.keep", config.checkpoint.keep, "use 1 or more")
     need(config.log.every >= 1, "log.every", config.log.every, "use 1 or more")
+    peak = config.log.peak_tflops
+    need(peak is None or peak > 0, "log.peak_tflops", peak, "use a positive number of TFLOP/s, or null")
     need(config.precision in ("fp32", "bf16"), "precision", config.precision, "use fp32 or bf16")
     need(config.device in ("auto", "cpu", "cuda"), "device", config.device, "use auto, cpu or cuda")
 

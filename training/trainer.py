@@ -20,10 +20,12 @@ from transformers import (
     set_seed,
 )
 
+from models import HybridConfig
 from training import checkpoints, setup
 from training.callbacks import LogCallback, RetentionCallback
 from training.config import TrainConfig, save_config
 from training.data import StepBatches, TrainingRows, check_data, plan_stages
+from training.flops import peak_flops, train_flops_per_token
 from training.rows import IGNORED, collate
 from training.saving import SavingTrainer
 from training.tokenizer import check_tokenizer_config
@@ -52,6 +54,10 @@ class HybridTrainer(SavingTrainer):
         self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)
         self.micro_batches = 0
         self.tokens, self.tokens_logged, self.time_logged, self.step_logged = 0, 0, time.perf_counter(), 0
+        self.flops: float | None = None  # of the peak, of all devices
+        if config.precision == "bf16" or config.log.peak_tflops is not None:
+            peak = peak_flops(device, config.log.peak_tflops) if self.args.should_save else None
+            self.flops = None if peak is None else peak * self.args.world_size
         # micro-batches of a step over all ranks; they are of equal size
         self.parts = self.args.gradient_accumulation_steps * self.args.world_size
 
@@ -179,14 +185,19 @@ class HybridTrainer(SavingTrainer):
         # every micro-batch of every rank added its share to a step's loss
         steps = self.state.global_step - self.step_logged
         self.tokens_logged, self.time_logged, self.step_logged = self.tokens, now, self.state.global_step
+        model = self.accelerator.unwrap_model(self.model)
+        used = {}
+        if self.flops is not None and isinstance(model.config, HybridConfig):
+            used = {"mfu": train_flops_per_token(model.config, stage.sequence_length) * speed / self.flops}
         return {
             "loss": sums[0] / steps,
             "lm_loss": sums[1] / steps,
             "retention_penalty": sums[2] / steps,
-            **self.accelerator.unwrap_model(self.model).retention_report(),
+            **model.retention_report(),
             "sequence_length": stage.sequence_length,
             "tokens": self.tokens,
             "tokens_per_s": speed,
+            **used,
         }
 
     # ---- checkpoints ----

@@ -1,4 +1,4 @@
-"""Two processes on a CPU (gloo): copied (DDP) and sharded (FSDP2) models train as one rank does and go on anywhere."""
+"""Two processes on a CPU (gloo): copied (DDP) and sharded (FSDP2) models train as on one and go on anywhere."""
 
 import json
 import os
