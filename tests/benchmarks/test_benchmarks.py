@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import attention, coldstart, decode, harness, prefill, serving, train
+from benchmarks import attention, coldstart, decode, harness, prefill, scaling, serving, train
 from eval.results import METRICS, read_json
 from tests.tiny_models import make_ids, make_model
 
@@ -93,6 +93,33 @@ def test_coldstart(tmp_path, monkeypatch):
     assert all(r["metric"] == "s" and r["median"] > 0 for r in rows.values())
     seconds = found["notes"]["coldstart train tiny"]["lalte"]["cold seconds"]
     assert list(seconds.values()) == sorted(seconds.values())
+
+
+def test_scaling(tmp_path, monkeypatch):
+    """Two processes of `lalte train`, sharded; what runs on one device runs in this process."""
+    from training.config import load_config
+    from training.trainer import train as run_training
+
+    launch, counts = scaling.train, []
+
+    def train_here(folder, name, processes, changes):
+        counts.append(processes)
+        if processes > 1:
+            return launch(folder, name, processes, changes)
+        path = run_training(load_config(folder / scaling.RUN, [f"output={folder / name}", *changes]))
+        return [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
+
+    monkeypatch.setattr(scaling, "train", train_here)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    status, found = run(scaling, tmp_path, "--systems", "lalte,fsdp x2")
+    assert status == 0
+    assert counts == [1, 2, 1]
+    rows = {(r["case"], r["system"]): r for r in found["rows"]}
+    case, again = "scaling tiny B2 T96", "resume tiny x2 to x1"
+    assert rows.keys() == {(case, "lalte"), (case, "fsdp x2"), (again, "lalte"), (again, "fsdp x2")}
+    assert rows[again, "lalte"]["median"] == pytest.approx(rows[again, "fsdp x2"]["median"], rel=1e-5)
+    assert rows[case, "lalte"]["metric"] == "tokens_per_s"
+    assert found["notes"][again]["lalte"]["resumed"].keys() == {"4"}
 
 
 def test_a_failing_child_is_told(tmp_path, monkeypatch):
@@ -245,7 +272,7 @@ def test_the_density_is_set_and_measured():
     assert train.set_density(model, ids) == pytest.approx(config.target_density, abs=0.02)
 
 
-@pytest.mark.parametrize("module", [attention, train, decode, prefill, coldstart])
+@pytest.mark.parametrize("module", [attention, train, scaling, decode, prefill, coldstart])
 def test_help_teaches(module):
     parser = argparse.ArgumentParser()
     module.add_arguments(parser)
