@@ -210,26 +210,31 @@ def _quiet() -> None:
 
 def _info_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Parameters of a model by part, its rule, and the bytes of its cache. Nothing is loaded or allocated."
+        "Parameters of a model by part, its rule, the bytes of its cache, and what a token costs. Nothing is\n"
+        "loaded or allocated. Operations are those of matrix products; docs/mixers.md has the formulas."
     )
     parser.epilog = (
         "examples:\n"
         "  lalte info configs/models/lalte-0.4b.json\n"
-        "  lalte info runs/quickstart --batch 8 --dtype float32"
+        "  lalte info runs/quickstart --batch 8 --dtype float32\n"
+        "  lalte info configs/models/lalte-1.4b.json --length 65536 --json"
     )
     parser.add_argument("config", metavar="CONFIG|DIR", help="a model configuration (JSON), or a model's folder")
     parser.add_argument("--batch", metavar="N", type=int, default=1, help="sequences of the cache; default: 1")
     parser.add_argument("--dtype", metavar="NAME", default="bfloat16", help="of the cache; default: bfloat16")
+    parser.add_argument("--length", metavar="N", type=int, help="tokens of a text; default: those trained on")
+    parser.add_argument("--json", action="store_true", help="everything as JSON, for programs")
 
 
 def _info(args: argparse.Namespace) -> int:
     from models.config import load_config
-    from models.info import render
+    from models.info import as_json, render
     from models.loading import DTYPES
 
     if args.dtype not in DTYPES:
         raise ValueError(f"--dtype {args.dtype} is unknown; use {', '.join(DTYPES)}")
-    print(render(load_config(args.config), args.batch, DTYPES[args.dtype]))
+    show = as_json if args.json else render
+    print(show(load_config(args.config), args.batch, DTYPES[args.dtype], args.length))
     return 0
 
 

@@ -135,8 +135,8 @@ def run(settings: Settings) -> dict[str, Any]:
         ValueError: settings, model or text can't be used, or the file exists.
     """
     settings.check()
-    from eval.loading import pick_device
     from eval.results import result, say, write_json
+    from models.loading import pick_device
 
     device = pick_device(settings.device)
     out = Path(settings.out or f"benchmarks/results/{_slug(device)}/streaming.json")
@@ -187,18 +187,16 @@ def _model_and_text(settings: Settings, device: Any) -> tuple[Any, Any]:
 
 
 def _load(path: Path, dtype: str, device: Any) -> tuple[Any, Any]:
-    from eval.loading import DTYPES, load_model
+    from models.loading import load_any, pick_dtype
 
     if path.suffix != ".gguf":
-        return load_model(path, dtype, str(device))
+        return load_any(path, device, dtype)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if not path.is_file():
         raise ValueError(f"model: {path} is not a file")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype: {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
     where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name, "local_files_only": True}
-    model = AutoModelForCausalLM.from_pretrained(**where, dtype=DTYPES[dtype])
+    model = AutoModelForCausalLM.from_pretrained(**where, dtype=pick_dtype(dtype))
     return model.eval().to(device), AutoTokenizer.from_pretrained(**where)
 
 

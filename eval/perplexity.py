@@ -22,9 +22,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from .conditions import evaluating, retained
 from .intervals import Moments
-from .loading import model_identity, tokenizer_identity
-from .niah import _evaluating, retention_budget
+from .loading import model_identity, system_name, tokenizer_identity
 from .reports import case_table, print_cases
 from .results import claim_folder, read_json, result, row, say, write_bytes, write_json
 from .streaming import cache_bytes, chunks, load_cache, new_cache, read_chunk, save_cache, text_tokens, texts_identity
@@ -204,6 +204,7 @@ def run_perplexity(
     window: int = 1020,
     limit: int | None = None,
     budget: int | None = None,
+    retention: str | None = None,
     save_every: int = 100_000,
     resume: bool = True,
     progress: bool = True,
@@ -218,6 +219,7 @@ def run_perplexity(
         chunk: tokens read at once, a multiple of 32.
         cache: see `new_cache`; `sinks` and `window` are those of `stream`.
         limit: tokens at most; None: no limit, but for a foreign model's full cache its max_position_embeddings.
+        budget, retention: retained tokens per KV head, and what chooses them; None: the model's own.
         save_every: tokens after which the state is saved, so that an interrupted run continues there.
         on_chunk: called with the position after every chunk.
 
@@ -247,12 +249,13 @@ def run_perplexity(
         "cache": cache if cache != "stream" else f"stream {sinks}+{window}",
         "limit": limit,
         "budget": budget,
+        "retention": retention,
     }
-    system = system or getattr(model.config, "model_type", None) or type(model).__name__
+    system = system or system_name(model)
     out, states = Path(out_dir), Path(out_dir) / "state"
     with (
-        retention_budget(model, budget),
-        _evaluating(model),
+        retained(model, budget, retention),
+        evaluating(model),
         tqdm(total=wanted, disable=not progress, unit="token") as bar,
     ):
         reading = _Reading(model, new_cache(model, cache, 1, sinks, window), Curve(bucket_ends(tokens)))

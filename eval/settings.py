@@ -5,11 +5,43 @@ from __future__ import annotations
 import argparse
 import difflib
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+
+@dataclass
+class ModelSettings:
+    """Settings of every evaluation of a model: which one, how it is loaded and run, and where the results go."""
+
+    model: str | None = None
+    out: str | None = None
+    budget: int | None = None
+    retention: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    resume: bool = True
+
+
+@dataclass
+class PromptSettings(ModelSettings):
+    """Of every evaluation by separate prompts."""
+
+    seed: int = 0
+    batch_size: int = 8
+    save_prompts: bool = False
+
+
+@dataclass
+class CacheSettings(ModelSettings):
+    """Of every evaluation that reads one endless text."""
+
+    chunk: int = 512
+    cache: str = "auto"
+    sinks: int = 4
+    window: int = 1020
 
 
 def names(text: str) -> list[str]:
@@ -56,6 +88,14 @@ def add_retention_arguments(parser: argparse.ArgumentParser) -> None:
     add("--budget", metavar="N", type=int, help="retained tokens per head (0: none); default: the model's own")
     policies = "lte (its scorer), none, recency, random, h2o, tova, key_norm or delta_error"
     add("--retention", metavar="NAME", help=f"what chooses them: {policies}; default: the model's own")
+
+
+def add_prompt_arguments(parser: argparse.ArgumentParser, seed: str = "of the drawing; default: 0") -> None:
+    """Adds what every evaluation by separate prompts takes; `seed` is the help of --seed."""
+    add, flag = parser.add_argument, argparse.BooleanOptionalAction
+    add("--seed", metavar="N", type=int, help=seed)
+    add("--save-prompts", action=flag, default=None, help="keep each prompt in samples/*.jsonl (default: no)")
+    add_run_arguments(parser)
 
 
 def add_cache_arguments(parser: argparse.ArgumentParser, chunk: int) -> None:
@@ -110,6 +150,26 @@ def resolve(kind: type[T], args: argparse.Namespace, needed: Sequence[str] = ("m
         if not getattr(config, name):
             raise ValueError(f"{name}: missing; give --{name.replace('_', '-')}")
     return config
+
+
+def load(config: ModelSettings) -> tuple[Any, Any]:
+    """The model and the tokenizer of a run.
+
+    Raises:
+        ValueError: something is missing or broken; the message names it.
+    """
+    from .loading import load_model
+
+    return load_model(config.model, config.dtype, config.device)
+
+
+def options(config: ModelSettings, *left_out: str) -> dict[str, Any]:
+    """Settings by name as an evaluation's function takes them: without those of loading, and the ones named."""
+    return {
+        name: value
+        for name, value in asdict(config).items()
+        if name not in ("model", "out", "dtype", "device", *left_out)
+    }
 
 
 def keep(config: Any) -> None:

@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from .answering import accuracy_row, error_text
+from .conditions import evaluating, retained
 from .haystacks import key_words
-from .loading import model_identity, tokenizer_identity
-from .niah import _error_text, _evaluating, _row, retention_budget
+from .loading import model_identity, system_name, tokenizer_identity
 from .reports import case_table, print_cases
 from .results import SampleLog, claim_folder, result, row, say, write_bytes, write_json
 from .streaming import cache_bytes, new_cache, read_chunk
@@ -134,7 +135,7 @@ class _Stream:
 
     def failed(self, error: Exception) -> list[dict[str, Any]]:
         """Records that say why the stream's questions weren't answered."""
-        fields = {"stream": self.seed, "distance": self.distance, "score": None, "error": _error_text(error)}
+        fields = {"stream": self.seed, "distance": self.distance, "score": None, "error": error_text(error)}
         return [{"index": question_index(self.seed, number), **fields} for number in range(self.total)]
 
 
@@ -205,6 +206,7 @@ def run_streameval(
     sinks: int = 4,
     window: int = 1020,
     budget: int | None = None,
+    retention: str | None = None,
     resume: bool = True,
     progress: bool = True,
     system: str | None = None,
@@ -243,13 +245,14 @@ def run_streameval(
         "seed": seed,
         "cache": cache if cache != "stream" else f"stream {sinks}+{window}",
         "budget": budget,
+        "retention": retention,
     }
     make_cache = lambda batch: new_cache(model, cache, batch, sinks, window)
     make_cache(1)
     out, rows, cells, answered = Path(out_dir), [], [], False
-    system = system or getattr(model.config, "model_type", None) or type(model).__name__
+    system = system or system_name(model)
     total = streams * sum(questions(lines, distance, every) for distance in distances)
-    with retention_budget(model, budget), _evaluating(model), tqdm(total=total, disable=not progress) as bar:
+    with retained(model, budget, retention), evaluating(model), tqdm(total=total, disable=not progress) as bar:
         claim_folder(out, settings, resume=resume)
         for distance in distances:
             bar.set_description(f"distance {distance}")
@@ -285,7 +288,7 @@ def run_streameval(
 
 
 def _rows(records: list[dict[str, Any]], distance: int, system: str) -> list[dict[str, Any]]:
-    found = _row(records, f"streameval D{distance}", system)
+    found = accuracy_row(records, f"streameval D{distance}", system)
     if found is None:
         return []
     largest = max(record["cache_bytes"] for record in records if record["score"] is not None)
@@ -321,7 +324,7 @@ def _run_distance(
                 waiting[:0] = [[number] for number in batch]
                 continue
             if not answered and not waiting:
-                raise RuntimeError(f"no stream could be read: {_error_text(error)}") from error
+                raise RuntimeError(f"no stream could be read: {error_text(error)}") from error
             records = streams[0].failed(error)
         else:
             answered = True

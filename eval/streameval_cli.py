@@ -40,6 +40,7 @@ class StreamevalConfig:
     sinks: int = 4
     window: int = 1020
     budget: int | None = None
+    retention: str | None = None
     dtype: str = "auto"
     device: str = "auto"
     resume: bool = True
@@ -86,6 +87,7 @@ def run_from_arguments(args: argparse.Namespace) -> int:
         sinks=config.sinks,
         window=config.window,
         budget=config.budget,
+        retention=config.retention,
         resume=config.resume,
     )
     keep(config)

@@ -128,6 +128,7 @@ def test_info(run, fails, folder):
     status, out, err = run("info", ROOT / "configs/models/lalte-0.4b.json")
     assert (status, err) == (0, "")
     assert "360,246,144" in out.splitlines()[0]
+    short = out
     assert "72,926,304 bytes for a sequence in bfloat16, the same at any length" in out
     assert re.search(r"^retention +lte \(trained scorer\), lookahead 6, shared over: none$", out, re.MULTILINE)
     for name, words in (("streaming", "none"), ("gdn-full", "none: nothing is evicted"), ("gdn", None)):
@@ -138,6 +139,9 @@ def test_info(run, fails, folder):
     out = run("info", folder, "--batch", 3, "--dtype", "float32")[1]
     assert f"{sum(p.numel() for p in model.parameters()):,}" in out
     assert f"{model.new_cache(3).nbytes:,} bytes for 3 sequences in float32" in out
+    assert "a new token               794 M operations, 796 MB to read, after 4,096 tokens" in short
+    assert json.loads(run("info", folder, "--json", "--length", 77)[1])["costs"]["length"] == 77
+    assert "length=0 must be at least 1" in fails("info", folder, "--length", 0)
     assert "int8 is unknown; use float32" in fails("info", folder, "--dtype", "int8")
     assert "nowhere.json is no file" in fails("info", "nowhere.json")
     assert "batch=0 must be at least 1" in fails("info", folder, "--batch", 0)

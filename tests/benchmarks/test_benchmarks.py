@@ -75,6 +75,33 @@ def test_every_benchmark_runs(module, arguments, case, metrics, tmp_path, capsys
     assert "1.00 x ours" in shown
 
 
+def test_steps_of_every_member(tmp_path, monkeypatch):
+    status, found = run(train, tmp_path, "--phase", "steps", "--steps", "4")
+    assert status == 0
+    assert not found["unavailable"]
+    shipped = {
+        p.name.removesuffix("-0.4b.json") for p in (harness.RESULTS.parents[1] / "configs/models").glob("*-0.4b.json")
+    }
+    case = "train tiny B2 T96 steps"
+    rows = {(r["case"], r["system"], r["metric"]): r for r in found["rows"]}
+    assert {key[1] for key in rows} == set(train.MEMBERS) == shipped
+    for member in shipped:
+        first, last = (rows[f"{case} {number}", member, "loss"]["median"] for number in (1, 4))
+        assert 0 < last < first
+        losses = found["notes"][case][member]["losses"]
+        assert (len(losses), losses[0], losses[-1]) == (4, first, last)
+        assert rows[case, member, "ms"]["n"] == 2
+        assert rows[case, member, "tokens_per_s"]["median"] == pytest.approx(
+            2e3 * 96 / rows[case, member, "ms"]["median"]
+        )
+    monkeypatch.setattr(train, "LEARNING_RATE", 0.0)
+    status, found = run(train, tmp_path / "still", "--phase", "steps", "--steps", "3", "--systems", "gdn")
+    assert not found["rows"]
+    assert "Disagreement: the loss doesn't fall: 5." in found["unavailable"][0]["reason"]
+    with pytest.raises(ValueError, match="--steps 2 must be at least 3"):
+        run(train, tmp_path / "few", "--phase", "steps", "--steps", "2")
+
+
 def test_coldstart(tmp_path, monkeypatch):
     """The child's work, without a process of its own."""
     jobs = []
