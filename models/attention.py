@@ -103,7 +103,7 @@ class RetainedAttention(Mixer):
         self.retention = config.retention
         self.lookahead = config.lookahead if config.has_scorer else 0
         self.position_encoding, self.rope_theta = config.position_encoding, config.rope_theta
-        self.backend = config.attention_backend
+        self.backend, self.off_by_one = config.attention_backend, config.softmax_off_by_one
         self.q_proj = nn.Linear(config.hidden_size, self.heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
@@ -212,7 +212,16 @@ class RetainedAttention(Mixer):
         if context.rotary is not None:
             q, k = rotate(q, context.rotary), rotate(k, context.rotary)
         if state.policy is not None and state.policy.observes:
-            return observed_attention(kv, state.policy, q, k, v, context.lengths, frequencies=self._frequencies(q))
+            return observed_attention(
+                kv,
+                state.policy,
+                q,
+                k,
+                v,
+                context.lengths,
+                frequencies=self._frequencies(q),
+                off_by_one=self.off_by_one,
+            )
         span = kv.append(k, v, logits, context.lengths)
         return self._attend(q, span.k, span.v, span.end, span.positions, self.window, context, rotated=True)
 
@@ -229,6 +238,7 @@ class RetainedAttention(Mixer):
             budget=self.budget,
             layout=context,
             frequencies=self._frequencies(q),
+            off_by_one=self.off_by_one,
         )
         positions_BTH = torch.arange(k.shape[1], device=k.device)[None, :, None].expand(end_BTH.shape)
         return self._attend(q, k, v, end_BTH, positions_BTH, self.window, replace(context, rotary=None))
@@ -241,9 +251,18 @@ class RetainedAttention(Mixer):
 
     def _attend(self, q, k, v, end, positions, window, context: Context, rotated: bool = False) -> Tensor:
         if self.position_encoding == "rope_in_cache":
-            return in_cache_attention(q, k, v, end, positions=positions, frequencies=self._frequencies(q))
+            return in_cache_attention(
+                q, k, v, end, positions=positions, frequencies=self._frequencies(q), off_by_one=self.off_by_one
+            )
         if context.rotary is not None and not rotated:
             q, k = rotate(q, context.rotary), rotate(k, context.rotary)
         return interval_attention(
-            q, k, v, end, window=window, backend=self.backend, cu_seqlens=None if rotated else context.cu_seqlens
+            q,
+            k,
+            v,
+            end,
+            window=window,
+            off_by_one=self.off_by_one,
+            backend=self.backend,
+            cu_seqlens=None if rotated else context.cu_seqlens,
         )

@@ -21,6 +21,7 @@ from lte.scorer import check_sizes, lookahead_of
 LAYER_TYPES = ("gated_deltanet", "attention", "nsa")
 POSITION_ENCODINGS = ("rope", "rope_in_cache", "none")
 RETENTIONS = ("none", "lte", *POLICIES)
+SINK_TOKENS = ("none", "learnable")
 SCORER_SHARING = ("none", "heads", "layers")
 ATTENTION_BACKENDS = ("auto", "reference", "flex", "triton")
 
@@ -47,6 +48,9 @@ class HybridConfig(PreTrainedConfig):
         position_encoding: `rope` (text positions), `rope_in_cache` (places among the visible tokens,
             arXiv 2309.17453), `none`.
         rope_theta: base of the rotary embedding.
+        sink_token: `none`, or `learnable`: one learned embedding in front of every document, the first of its sinks
+            (arXiv 2309.17453, section 3.3).
+        softmax_off_by_one: add 1 to the denominator of the attention layers' softmax (the same, equation 2).
         scorer_kernel_sizes, scorer_dilations, scorer_dropout: the scorer's convolutions.
         scorer_sharing: `none` (one stack a KV head), `heads` (one a layer) or `layers` (one for the whole model).
         scorer_lr_scale: factor of the scorer's learning rate.
@@ -84,6 +88,8 @@ class HybridConfig(PreTrainedConfig):
     retention: str = "lte"
     position_encoding: str = "rope"
     rope_theta: float = 10000.0
+    sink_token: str = "none"
+    softmax_off_by_one: bool = False
     scorer_kernel_sizes: list[int] | tuple[int, ...] = (3, 3, 3)
     scorer_dilations: list[int] | tuple[int, ...] = (2, 2, 2)
     scorer_dropout: float = 0.1
@@ -180,6 +186,7 @@ class HybridConfig(PreTrainedConfig):
                     raise ValueError(f"{name}={getattr(self, name)} must be at least {low}")
 
         one_of("position_encoding", POSITION_ENCODINGS)
+        one_of("sink_token", SINK_TOKENS)
         one_of("scorer_sharing", SCORER_SHARING)
         one_of("attention_backend", ATTENTION_BACKENDS)
         at_least(1, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -212,6 +219,13 @@ class HybridConfig(PreTrainedConfig):
             )
         if self.window is not None and self.window < 1:
             raise ValueError(f"window={self.window} must be at least 1 (the query's own key), or null for no limit")
+        windowed = "attention" in self.layer_types and self.window is not None
+        if self.sink_token == "learnable" and windowed and not self.sinks:
+            raise ValueError("sinks=0 would evict the learned sink token; set sinks to at least 1")
+        if self.softmax_off_by_one and "nsa" in self.layer_types:
+            raise ValueError(
+                "softmax_off_by_one=true is not defined for nsa layers; leave it out, or use attention layers"
+            )
         if not float(self.gdn_head_dim * self.gdn_expand_v).is_integer() or self.gdn_expand_v <= 0:
             raise ValueError(
                 f"gdn_expand_v={self.gdn_expand_v} times gdn_head_dim={self.gdn_head_dim} must be a positive whole "

@@ -26,7 +26,7 @@ from models.gated_deltanet import GatedDeltaNet
 from models.losses import cross_entropy, per_item, shift_labels
 from models.mixer import Context
 from models.ops import RMSNorm, linear_cross_entropy
-from models.padding import LeftAligned, unpad
+from models.padding import LeftAligned, compose, prepend, unpad
 from models.retention import RetentionControls, build_penalty_control
 from models.rotary import rotary_angles
 
@@ -85,6 +85,8 @@ class HybridPreTrainedModel(PreTrainedModel):
             init.ones_(module.weight)
         elif isinstance(module, GatedDeltaNet | RetentionScorer | PenaltyControl) and not _is_loaded(module):
             module.reset_parameters()
+        elif isinstance(module, HybridModel) and module.sink_token is not None:
+            init.normal_(module.sink_token, std=std)
         if isinstance(module, PenaltyControl):
             init.zeros_(module.counts)  # in no checkpoint, so loading leaves it uninitialised
 
@@ -101,6 +103,8 @@ class HybridModel(HybridPreTrainedModel):
     def __init__(self, config: HybridConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        learnable = config.sink_token == "learnable"
+        self.sink_token = nn.Parameter(torch.empty(config.hidden_size)) if learnable else None
         self.layers = nn.ModuleList(Block(config, kind) for kind in config.layer_types)
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         shared = config.has_scorer and config.scorer_sharing == "layers"
@@ -164,6 +168,9 @@ class HybridModel(HybridPreTrainedModel):
         x_BTC = self._embed(tokens)
         if attention_mask is not None:
             x_BTC, cu_seqlens, restore = unpad(x_BTC, attention_mask)
+        if self.sink_token is not None:
+            x_BTC, cu_seqlens, without = prepend(self.sink_token, x_BTC, cu_seqlens)
+            restore = without if restore is None else compose(restore, without)
         hidden, retention, states = self._run(x_BTC, cu_seqlens, None, None, keep_all, bool(output_hidden_states))
         if restore is not None:
             hidden, states = restore(hidden), states and tuple(restore(x) for x in states)
@@ -190,13 +197,17 @@ class HybridModel(HybridPreTrainedModel):
             if aligned is not None:
                 piece = aligned.apply(piece)
             lengths = aligned.lengths if aligned is not None else None
+            columns = piece.shape[1]
+            if self.sink_token is not None and not cache.columns:
+                piece, _, _ = prepend(self.sink_token, piece, None)
+                lengths = None if lengths is None else lengths + 1
             hidden, _, states = self._run(piece, None, lengths, cache, False, with_states)
-            cache.columns += piece.shape[1]
+            cache.columns += columns
             if start + chunk > first_column:
                 skip = max(0, first_column - start)
                 restore = aligned.restore if aligned is not None else lambda x: x
-                hiddens.append(restore(hidden)[:, skip:])
-                all_states.append([restore(x)[:, skip:] for x in states or ()])
+                hiddens.append(restore(hidden[:, -columns:])[:, skip:])
+                all_states.append([restore(x[:, -columns:])[:, skip:] for x in states or ()])
         states = tuple(torch.cat(x, 1) for x in zip(*all_states, strict=True)) if with_states else None
         return hiddens[0] if len(hiddens) == 1 else torch.cat(hiddens, 1), states
 

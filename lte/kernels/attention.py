@@ -85,7 +85,8 @@ def _forward_kernel(
     q_ptr, k_ptr, v_ptr, end_ptr, plan_ptr, columns_ptr, out_ptr, lse_ptr, q_b, q_t, q_h, k_b, k_t, k_h,
     v_b, v_t, v_h, tokens, keys, offset, first, window, blocks, spans, capacity, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PAD_DIM: tl.constexpr, ROWS: tl.constexpr,
-    KEYS: tl.constexpr, SPAN: tl.constexpr, HAS_COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    KEYS: tl.constexpr, SPAN: tl.constexpr, HAS_COLUMNS: tl.constexpr, OFF_BY_ONE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     heads = tl.num_programs(0) // blocks
     n = (tl.program_id(0) % heads).to(tl.int64)
@@ -110,6 +111,9 @@ def _forward_kernel(
     acc = tl.zeros([ROWS, PAD_DIM], tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     peak = tl.full([ROWS], float("-inf"), tl.float32)
+    if OFF_BY_ONE:  # every query has seen a key of score 0 and value 0
+        total += 1.0
+        peak = tl.zeros([ROWS], tl.float32)
     lane = tl.arange(0, KEYS)
 
     if HAS_COLUMNS:
@@ -204,7 +208,7 @@ def _forward(
         sizes.tokens, sizes.keys, sizes.offset, sizes.first, sizes.window,
         blocks, *plan.columns_NPS.shape[1:], sizes.scale * LOG2E,
         **sizes.constants(), ROWS=tile.rows, KEYS=tile.keys, SPAN=plan.span, HAS_COLUMNS=sizes.has_columns,
-        **tile.options(),
+        OFF_BY_ONE=sizes.off_by_one, **tile.options(),
     )  # fmt: skip
     return out, lse_NR
 
@@ -260,6 +264,7 @@ def interval_attention(
     *,
     window: int,
     scale: float | None = None,
+    off_by_one: bool = False,
     offset: int | None = None,
     tiles: Tiles | None = None,
 ) -> Tensor:
@@ -275,6 +280,7 @@ def interval_attention(
         window: keys up to this distance before a query (its own counted) are read as contiguous tiles, others one
             by one if they live longer. It decides the speed, never the result.
         scale: factor of the scores; None: D ** -0.5.
+        off_by_one: with 1 added to the softmax's denominator (arXiv 2309.17453, equation 2).
         offset: keys below it are cache slots, whose ends have nothing to do with their place; None: S − T.
         tiles: tile shapes; None: the fixed table's entry for head_dim and dtype.
 
@@ -299,6 +305,7 @@ def interval_attention(
         window=min(window, keys),
         scale=scale,
         single=q.dtype == torch.float32,
+        off_by_one=off_by_one,
     )
     end_NS = end.transpose(1, 2).contiguous().view(batch * heads, keys)
     q, k, v = (_unit_stride(x) for x in (q, k, v))

@@ -45,6 +45,7 @@ class Geometry:
     window: int
     scale: float
     single: bool
+    off_by_one: bool = False
 
     @property
     def first(self) -> int:

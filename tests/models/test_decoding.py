@@ -58,8 +58,9 @@ def filled(model, batch, length, seed=1):
         {"position_encoding": "none", "retention": "none", "budget": 0, "gdn_expand_v": 2.0},
         {"position_encoding": "rope_in_cache"},
         {"scorer_kernel_sizes": [1, 1], "scorer_dilations": [1, 1]},
+        {"sink_token": "learnable", "softmax_off_by_one": True},
     ],
-    ids=["lalte", "one scorer", "no positions", "rope_in_cache", "no lookahead"],
+    ids=["lalte", "one scorer", "no positions", "rope_in_cache", "no lookahead", "both sinks"],
 )
 def test_fused_step_is_the_model(batch, changes):
     model = make_model(**PAIR, **changes).to(DEVICE)
@@ -201,6 +202,8 @@ def test_served_sampling_draws_from_the_same_tokens():
 
 class EagerStep:
     """`DecodeStep` by the model's own forward."""
+
+    frequencies = None
 
     def __init__(self, model, cache, overlap=False):
         fuse_projections(model)
@@ -424,7 +427,17 @@ def teacher_forced(model, decoder, ids, tolerance):
 @pytest.mark.parametrize("batch", [1, 3, 8])
 @pytest.mark.parametrize(
     "name",
-    ["lalte", "gdn", "gdn-swa", "streaming", "lalte, one scorer", "lalte, rope_in_cache", "lalte, no positions"],
+    [
+        "lalte",
+        "gdn",
+        "gdn-swa",
+        "streaming",
+        "lalte, one scorer",
+        "lalte, rope_in_cache",
+        "lalte, no positions",
+        "lalte, zero sink",
+        "lalte, learned sink",
+    ],
 )
 def test_graph_is_the_model_over_200_steps(name, batch):
     model = make_variant(name).cuda()
