@@ -64,6 +64,9 @@ def test_every_benchmark_runs(module, arguments, case, metrics, tmp_path, capsys
     assert status == 0
     assert {"name", "device", "versions", "commit", "date", "config", "rows"} <= found.keys()
     assert not found["unavailable"]
+    if module is decode:
+        decode.draw(found["rows"], "decode tiny B3 T", str(tmp_path / "decode.svg"))
+        assert "transformer" in (tmp_path / "decode.svg").read_text()
     rows = [r for r in found["rows"] if r["case"] == case]
     assert {r["metric"] for r in rows if r["system"] == "lalte"} == metrics
     assert metrics <= set(METRICS)
