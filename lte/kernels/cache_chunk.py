@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lte.kernels.evictions import Tiles, evict, key_number, make_key
+from lte.kernels.best_keys import key_number, make_key
+from lte.kernels.evictions import Tiles, evict
 from lte.kernels.launch import on_device
 
 if TYPE_CHECKING:

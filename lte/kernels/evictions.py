@@ -6,9 +6,9 @@ of arrival stands below them, so that of equal logits the earlier one has the la
 smallest key upwards, and once there are `budget` tokens each one that gets in evicts one. So within a block of
 arrivals the k-th of the evicted tokens, by key, goes with the k-th arrival that got in.
 
-Launches: keys; for rows longer than a pool the tokens held at coarse boundaries, from the best of the tokens between
-them; and blocks of arrivals, each of which finds its own held tokens from those at the last coarse boundary and the
-arrivals since.
+Launches: keys; for rows longer than a pool the tokens held at coarse boundaries (lte/kernels/best_keys.py); and
+blocks of arrivals, each of which finds its own held tokens from those at the last coarse boundary and the arrivals
+since.
 
 Letters in shape suffixes: B batch, T tokens, H KV heads, N = B·H, R held at the start (0 or budget), K = R + T keys.
 """
@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lte.kernels.best_keys import compact, cut_at, held_at_boundaries, key_number, list_at, load_pool, make_key
 from lte.kernels.launch import on_device
 from lte.layout import Layout
 
@@ -29,7 +30,6 @@ from lte.layout import Layout
 MAX_BUDGET = 4096
 NEVER = tl.constexpr(2**31 - 1)
 LARGEST = tl.constexpr(2**63 - 1)
-INFINITY_BITS = tl.constexpr(0x7F800000)
 
 
 @dataclass(frozen=True)
@@ -42,123 +42,6 @@ class Tiles:
     block: int = 256
     pool: int = 4096
     warps: int = 8
-
-
-@triton.jit
-def make_key(logit, number, bits):
-    """Keys of logits in order of arrival `number`; 0 unless the logit is positive."""
-    image = logit.to(tl.float32).to(tl.int32, bitcast=True)
-    key = (image.to(tl.int64) << bits) + ((1 << bits) - 1 - number)
-    return tl.where((image > 0) & (image <= INFINITY_BITS), key, 0)
-
-
-@triton.jit
-def key_number(key, bits):
-    """Order of arrival of a key's token."""
-    last = (1 << bits) - 1
-    return last - (key & last).to(tl.int32)
-
-
-@triton.jit
-def _cut(x, budget):
-    """A number that `budget` of the keys x reach (1 if there are fewer keys), and the number of keys."""
-    count = tl.sum((x > 0).to(tl.int32), 0)
-    low = tl.min(tl.where(x > 0, x, LARGEST), 0)
-    high = tl.max(x, 0) + 1
-    cut = tl.where(count < budget, 1, low)
-    searching = count > budget
-    while searching:
-        cut = low + (high - low) // 2
-        reach = tl.sum((x >= cut).to(tl.int32), 0)
-        low = tl.where(reach > budget, cut, low)
-        high = tl.where(reach < budget, cut, high)
-        searching = (reach != budget) & (high - low > 1)
-    return cut, count
-
-
-@triton.jit
-def _compact(x, flag, ptr, SIZE: tl.constexpr):
-    """Flagged entries of x to ptr[:SIZE], zeros behind them."""
-    one = flag.to(tl.int32)
-    tl.store(ptr + tl.cumsum(one, 0) - one, x, mask=flag)
-    lane = tl.arange(0, SIZE)
-    tl.store(ptr + lane, tl.zeros([SIZE], tl.int64), mask=lane >= tl.sum(one, 0))
-
-
-@triton.jit
-def _load_pool(held_ptr, held, keys_ptr, count, PAD_BUDGET: tl.constexpr, POOL: tl.constexpr):
-    """`held` keys, and up to POOL - PAD_BUDGET others behind them."""
-    lane = tl.arange(0, POOL)
-    x = tl.load(held_ptr + lane, mask=lane < held, other=0)
-    at = lane - PAD_BUDGET
-    return x + tl.load(keys_ptr + at, mask=(at >= 0) & (at < count), other=0)
-
-
-@triton.jit
-def _list(lists_ptr, n, boundary, slots, PAD_BUDGET: tl.constexpr, POOL: tl.constexpr):
-    """Where the list of a coarse boundary is. Those of a document have slots in a row, none shares one."""
-    return lists_ptr + (n * slots + boundary // (POOL - PAD_BUDGET)) * PAD_BUDGET
-
-
-@triton.jit
-def _boundary_of(
-    slot, start_ptr, stop_ptr, tokens, window, PACKED: tl.constexpr, STEP: tl.constexpr, POOL: tl.constexpr
-):
-    """The coarse boundary of a slot, -1 if it has none, and the first token of its document."""
-    boundary = slot * STEP
-    start = 0
-    if PACKED:
-        token = slot * STEP + tl.arange(0, POOL)
-        mask = (token < tokens) & (token < slot * STEP + STEP)
-        first = tl.load(start_ptr + token, mask=mask, other=0)
-        stop = tl.load(stop_ptr + token, mask=mask, other=0) - window
-        hit = mask & (token > first) & (token < stop) & ((token - first) % STEP == 0)
-        boundary = tl.max(tl.where(hit, token, -1), 0)
-        start = tl.max(tl.where(hit, first, 0), 0)
-    elif (slot == 0) | (boundary >= tokens - window):
-        boundary = -1
-    return boundary, start
-
-
-@triton.jit(do_not_specialize=["held", "tokens", "budget", "window"])
-def _local_kernel(
-    keys_ptr, lists_ptr, start_ptr, stop_ptr, held, tokens, budget, window,
-    PACKED: tl.constexpr, PAD_BUDGET: tl.constexpr, POOL: tl.constexpr,
-):  # fmt: skip
-    """The best of the tokens between a coarse boundary and the one before."""
-    n = tl.program_id(1).to(tl.int64)
-    step: tl.constexpr = POOL - PAD_BUDGET
-    boundary, _ = _boundary_of(tl.program_id(0), start_ptr, stop_ptr, tokens, window, PACKED, step, POOL)
-    if boundary >= 0:
-        keys_ptr += n * (held + tokens) + held + boundary - step
-        x = _load_pool(keys_ptr, 0, keys_ptr, step, PAD_BUDGET, POOL)
-        cut, _ = _cut(x, budget)
-        _compact(x, x >= cut, _list(lists_ptr, n, boundary, tl.num_programs(0), PAD_BUDGET, POOL), PAD_BUDGET)
-
-
-@triton.jit(do_not_specialize=["held", "tokens", "budget", "window"])
-def _coarse_kernel(
-    keys_ptr, local_ptr, lists_ptr, start_ptr, stop_ptr, held, tokens, budget, window,
-    PACKED: tl.constexpr, PAD_BUDGET: tl.constexpr, POOL: tl.constexpr,
-):  # fmt: skip
-    """The tokens held at a coarse boundary: the best of those held at the start and of all lists up to it."""
-    n = tl.program_id(1).to(tl.int64)
-    slots = tl.num_programs(0)
-    step: tl.constexpr = POOL - PAD_BUDGET
-    boundary, start = _boundary_of(tl.program_id(0), start_ptr, stop_ptr, tokens, window, PACKED, step, POOL)
-    if boundary >= 0:
-        list_ptr = _list(lists_ptr, n, boundary, slots, PAD_BUDGET, POOL)
-        first_ptr = _list(local_ptr, n, start + step, slots, PAD_BUDGET, POOL)
-        count = (boundary - start) // step * PAD_BUDGET
-        x = _load_pool(keys_ptr + n * (held + tokens), held, first_ptr, count, PAD_BUDGET, POOL)
-        cut, _ = _cut(x, budget)
-        _compact(x, x >= cut, list_ptr, PAD_BUDGET)
-        for at in range(step, count, step):
-            tl.debug_barrier()  # the list is read by other threads than wrote it
-            x = _load_pool(list_ptr, PAD_BUDGET, first_ptr + at, count - at, PAD_BUDGET, POOL)
-            tl.debug_barrier()  # and overwritten
-            cut, _ = _cut(x, budget)
-            _compact(x, x >= cut, list_ptr, PAD_BUDGET)
 
 
 @triton.jit
@@ -209,9 +92,9 @@ def _evict(
     """Ends of the tokens that the arrivals which got in evict: smallest key first, one an arrival."""
     lane = tl.arange(0, BOTH)
     x = tl.load(work_ptr + lane, mask=lane < PAD_BUDGET + entered, other=0)
-    cut, _ = _cut(x, budget)
+    cut, _ = cut_at(x, budget)
     losers_ptr = work_ptr + PAD_BUDGET + BLOCK
-    _compact(x, (x > 0) & (x < cut), losers_ptr, BLOCK)
+    compact(x, (x > 0) & (x < cut), losers_ptr, BLOCK)
     tl.debug_barrier()  # lists are read by other threads than wrote them
     evicted = before + entered - budget
     row = tl.arange(0, ROWS)
@@ -243,11 +126,11 @@ def _evict_segment(
     held_ptr = row_ptr
     at_boundary = held
     if boundary > start:
-        held_ptr = _list(lists_ptr, n, boundary, slots, PAD_BUDGET, POOL)
+        held_ptr = list_at(lists_ptr, n, boundary, slots, PAD_BUDGET, POOL)
         at_boundary = PAD_BUDGET
-    x = _load_pool(held_ptr, at_boundary, row_ptr + held + boundary, first - boundary, PAD_BUDGET, POOL)
-    cut, count = _cut(x, budget)
-    _compact(x, x >= cut, work_ptr, PAD_BUDGET)
+    x = load_pool(held_ptr, at_boundary, row_ptr + held + boundary, first - boundary, PAD_BUDGET, POOL)
+    cut, count = cut_at(x, budget)
+    compact(x, x >= cut, work_ptr, PAD_BUDGET)
     before = tl.minimum(count, budget)
 
     token = base + tl.arange(0, BLOCK)
@@ -256,7 +139,7 @@ def _evict_segment(
     _store_end(end_ptr, place_ptr, y, token, out, held, bits, shift, limit, PLACED)
     candidates = tl.sum((y >= cut).to(tl.int32), 0)
     if before + candidates > budget:
-        _compact(y, y >= cut, work_ptr + PAD_BUDGET + BLOCK, BLOCK)
+        compact(y, y >= cut, work_ptr + PAD_BUDGET + BLOCK, BLOCK)
         tl.debug_barrier()  # lists are read by other threads than wrote them
         entered = _admit(
             work_ptr, end_ptr, place_ptr, candidates, limit, held, budget, bits, shift,
@@ -380,25 +263,21 @@ def evict(
     assert bits <= 30, "more tokens than keys can tell apart"
     pad = triton.next_power_of_2(budget)
     pool = max(tiles.pool, 2 * pad)
-    step = pool - pad
     arrivals = tokens if bounds is not None else tokens - window
     blocks = triton.cdiv(arrivals, tiles.block) + (places_NK is not None)
     device = keys_NK.device
     work = torch.empty(rows, blocks, pad + 2 * tiles.block, dtype=torch.int64, device=device)
-    slots = tokens // step + 1
     lists = work
-    start_T, stop_T = bounds or (None, None)
     constants = dict(PACKED=bounds is not None, PAD_BUDGET=pad, POOL=pool, num_warps=tiles.warps, num_stages=1)
     with on_device(keys_NK):
-        if tokens - window > step:
-            local, lists = torch.empty(2, rows, slots, pad, dtype=torch.int64, device=device)
-            sizes = (start_T, stop_T, held, tokens, budget, window)
-            _local_kernel[(slots, rows)](keys_NK, local, *sizes, **constants)
-            _coarse_kernel[(slots, rows)](keys_NK, local, lists, *sizes, **constants)
+        if tokens - window > pool - pad:
+            lists = held_at_boundaries(
+                keys_NK, bounds, held=held, budget=budget, window=window, pad=pad, pool=pool, warps=tiles.warps
+            )
         _blocks_kernel[(blocks, rows)](
-            keys_NK, lists, work, end_BHS, keys_NK if places_NK is None else places_NK, start_T, stop_T, lengths,
-            held, tokens, budget, bits, window, shift, slots, end_BHS.stride(0), end_BHS.stride(1),
-            HEADS=end_BHS.shape[1], PLACED=places_NK is not None, BLOCK=tiles.block,
+            keys_NK, lists, work, end_BHS, keys_NK if places_NK is None else places_NK,
+            *(bounds or (None, None)), lengths, held, tokens, budget, bits, window, shift, lists.shape[1],
+            end_BHS.stride(0), end_BHS.stride(1), HEADS=end_BHS.shape[1], PLACED=places_NK is not None, BLOCK=tiles.block,
             BOTH=triton.next_power_of_2(pad + tiles.block), ROWS=min(16, tiles.block), COLUMNS=min(256, tiles.block),
             **constants,
         )  # fmt: skip
