@@ -277,9 +277,9 @@ def evict(
         _blocks_kernel[(blocks, rows)](
             keys_NK, lists, work, end_BHS, keys_NK if places_NK is None else places_NK,
             *(bounds or (None, None)), lengths, held, tokens, budget, bits, window, shift, lists.shape[1],
-            end_BHS.stride(0), end_BHS.stride(1), HEADS=end_BHS.shape[1], PLACED=places_NK is not None, BLOCK=tiles.block,
-            BOTH=triton.next_power_of_2(pad + tiles.block), ROWS=min(16, tiles.block), COLUMNS=min(256, tiles.block),
-            **constants,
+            end_BHS.stride(0), end_BHS.stride(1), HEADS=end_BHS.shape[1], PLACED=places_NK is not None,
+            BLOCK=tiles.block, BOTH=triton.next_power_of_2(pad + tiles.block), ROWS=min(16, tiles.block),
+            COLUMNS=min(256, tiles.block), **constants,
         )  # fmt: skip
     return work
 
