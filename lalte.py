@@ -280,6 +280,7 @@ BENCHMARKS = {
     "attention": _command_of("benchmarks.attention", "the attention op, forward and backward, beside its peers"),
     "train": _command_of("benchmarks.train", "training steps of models of equal size"),
     "scaling": _command_of("benchmarks.scaling", "training on one device and on several"),
+    "cost": _command_of("benchmarks.cost", "GPU hours of the recipes, from what was measured"),
     "prefill": _command_of("benchmarks.prefill", "prompts of growing length"),
     "decode": _command_of("benchmarks.decode", "milliseconds a token, after texts of growing length"),
     "coldstart": _command_of("benchmarks.coldstart", "from an empty kernel cache to the first training step"),

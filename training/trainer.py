@@ -218,7 +218,9 @@ class HybridTrainer(SavingTrainer):
         Raises: ValueError if the rows of a step, or the lanes of streamed sources, were others.
         """
         ranks = checkpoints.read_progress(folder)
-        there, here = ranks[0], self.progress()
+        there, here = ranks[0] if ranks else {}, self.progress()
+        if there.keys() != here.keys():
+            raise ValueError(f"the checkpoint {folder} was written by another version of this program: start anew")
         if there["step_rows"] != here["step_rows"]:
             raise ValueError(
                 f"the checkpoint {folder} was made with {there['step_rows']} rows a step (by stage), now they are "

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import attention, coldstart, decode, harness, prefill, scaling, serving, train
+from benchmarks import attention, coldstart, cost, decode, harness, prefill, scaling, serving, train
 from eval.results import METRICS, read_json
 from tests.tiny_models import make_ids, make_model
 
@@ -150,6 +150,36 @@ def test_scaling(tmp_path, monkeypatch):
     assert rows[again, "lalte"]["median"] == pytest.approx(rows[again, "fsdp x2"]["median"], rel=1e-5)
     assert rows[case, "lalte"]["metric"] == "tokens_per_s"
     assert found["notes"][again]["lalte"]["resumed"].keys() == {"4"}
+
+
+def test_cost(tmp_path, capsys):
+    """10.0 B tokens at 100 000 a second are 27.8 hours; two devices are two GPUs."""
+    rows = [
+        harness.row("train 0.4b B8 T4096 amp packed", "gdn", "tokens_per_s", 1e5, 9e4, 2e5, 5),
+        harness.row("train 0.4b B8 T4096 amp packed", "gdn", "ms", 1.0, 1.0, 1.0, 5),
+        harness.row("train 0.4b B8 T4096 amp packed", "stranger", "tokens_per_s", 1e5, 9e4, 2e5, 5),
+        harness.row("decode 0.4b B8", "gdn", "tokens_per_s", 1e5, 9e4, 2e5, 5),
+        harness.row("scaling 1.4b B8 T4096", "fsdp x2", "tokens_per_s", 1e5, 9e4, 2e5, 5),
+    ]
+    found = {**harness.result("x", rows, config={}, device=torch.device("cpu")), "device": "some GPU"}
+    (tmp_path / "x.json").write_text(json.dumps(found))
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{cost.BEGIN}\nold\n{cost.END}\nafter\n")
+    parser = argparse.ArgumentParser()
+    cost.add_arguments(parser)
+    assert cost.run_from_arguments(parser.parse_args([str(tmp_path / "x.json"), "--write", str(page)])) == 0
+    shown = capsys.readouterr().out
+    assert page.read_text() == f"before\n{cost.BEGIN}\n{shown}{cost.END}\nafter\n"
+    assert shown.splitlines()[2:] == [
+        "| gdn-0.4b | 10.0 B | some GPU | train 0.4b B8 T4096 amp packed | 100,000 | 28 |",
+        "| lalte-1.4b | 30.0 B | some GPU | scaling 1.4b B8 T4096, fsdp x2 | 50,000 | 167 |",
+    ]
+    page.write_text("no marks")
+    with pytest.raises(ValueError, match="the marks"):
+        cost.write(page, "x")
+    (tmp_path / "x.json").write_text(json.dumps({**found, "rows": rows[1:3]}))
+    with pytest.raises(ValueError, match="no tokens_per_s of a recipe"):
+        cost.run_from_arguments(parser.parse_args([str(tmp_path / "x.json")]))
 
 
 def test_a_failing_child_is_told(tmp_path, monkeypatch):

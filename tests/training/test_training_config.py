@@ -138,7 +138,10 @@ def test_missing_file():
 def test_difference_names_the_first_key_that_matters(write, tmp_path):
     config = load_config(write(BASE))
     save_config(config, tmp_path / "config.yaml")
-    free = load_config(write(BASE), ["output=there", "log.every=1", "checkpoint.keep=9", "data.workers=3"])
+    free = load_config(
+        write(BASE),
+        ["output=there", "log.every=1", "data.workers=3", "fsdp=true", "batch={sequences: 1, accumulation: 9}"],
+    )
     assert difference(tmp_path / "config.yaml", free) is None
     other = load_config(write(BASE), ["data.sources.0.weight=3"])
     assert difference(tmp_path / "config.yaml", other) == "data.sources[0].weight (there 2.0, now 3.0)"
