@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+import functools
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ def quick_changes(system: str) -> dict[str, Any]:
     return {**QUICK, "layer_types": layers, **rule}
 
 
-@lru_cache(maxsize=None)
+@functools.cache
 @torch.no_grad()
 def check(system: str, device: torch.device) -> None:
     """Prompt in chunks, then token by token, against the parallel form, on the device in float32.

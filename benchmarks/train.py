@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ def set_density(model: nn.Module, ids: Tensor, rounds: int = 3) -> float:
     return float(sum(s.kept.sum() for s in stats) / sum(s.eligible.sum() for s in stats).clamp(min=1))
 
 
-@cache
+@functools.cache
 def check(system: str, device: torch.device) -> None:
     """The tiny model's training loss and gradients on the device, in bfloat16 there, against float32 on the CPU.
 

@@ -214,6 +214,7 @@ def test_the_checks_of_models_can_fail(check, monkeypatch):
         return replace(out, hidden=out.hidden * (1 + 0.1 * len(calls)))
 
     monkeypatch.setattr(GatedDeltaNet, "forward", drift)
+    check.cache_clear()
     with pytest.raises(harness.Disagreement):
         check("gdn", torch.device("cpu"))
 
