@@ -99,8 +99,8 @@ def _forward_kernel(
     columns_ptr += (n * spans + block // SPAN) * capacity
     pad, slot_tiles = tile_shift(offset, KEYS)
     t_first, t_last = block_tokens(block, tokens, GROUP, ROWS)
-    lo, full, diagonal, stop, full_columns, columns = read_plan(
-        plan_ptr + (n * blocks + block) * 4, t_first, t_last, offset, first, window, slot_tiles, KEYS
+    lo, full, diagonal, stop, full_columns, lasting, passing = read_plan(
+        plan_ptr + (n * blocks + block) * 5, t_first, t_last, offset, first, window, slot_tiles, KEYS
     )
 
     row = block * ROWS + tl.arange(0, ROWS)
@@ -125,11 +125,12 @@ def _forward_kernel(
         start = (tile * KEYS - pad).to(tl.int64)
         k, v = load_key_tile(k_ptr + start * k_t, v_ptr + start * v_t, lane, k_t, v_t, None, DIM, PAD_DIM, False)
         acc, total, peak = _softmax_step(acc, total, peak, q, k, v, i, lane, lane, scale, False, PRECISION)
-    columns_left = tl.cdiv(columns - full_columns, KEYS)
+    columns_left = tl.cdiv(lasting + passing - full_columns, KEYS)
     for step in range(0, columns_left + full - lo + stop - diagonal):
         j, inside, e = masked_tile(
-            step, columns_left, full - lo, lo, diagonal, pad, columns_ptr, full_columns, columns, end_ptr, keys, KEYS
-        )
+            step, columns_left, full - lo, lo, diagonal, pad, columns_ptr, full_columns, lasting, passing, capacity,
+            end_ptr, keys, KEYS,
+        )  # fmt: skip
         k, v = load_key_tile(k_ptr, v_ptr, j.to(tl.int64), k_t, v_t, inside, DIM, PAD_DIM, True)
         acc, total, peak = _softmax_step(acc, total, peak, q, k, v, i, j, e, scale, True, PRECISION)
 
@@ -199,11 +200,11 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """Output [B, T, Q, D] and the base-2 logarithm of each row's softmax sum, +inf where a row sees no key."""
     heads = sizes.batch * sizes.heads
-    blocks = plan.plan_NQ4.shape[1]
+    blocks = plan.plan_NQ5.shape[1]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse_NR = torch.empty(heads, sizes.tokens * sizes.group, dtype=torch.float32, device=q.device)
     _forward_kernel[(blocks * heads,)](
-        q, k, v, end_NS, plan.plan_NQ4, plan.columns_NPS, out, lse_NR,
+        q, k, v, end_NS, plan.plan_NQ5, plan.columns_NPS, out, lse_NR,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         sizes.tokens, sizes.keys, sizes.offset, sizes.first, sizes.window,
         blocks, *plan.columns_NPS.shape[1:], sizes.scale * LOG2E,

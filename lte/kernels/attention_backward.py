@@ -62,8 +62,8 @@ def _query_kernel(
     columns_ptr += (n * spans + block // SPAN) * capacity
     pad, slot_tiles = tile_shift(offset, KEYS)
     t_first, t_last = block_tokens(block, tokens, GROUP, ROWS)
-    lo, full, diagonal, stop, full_columns, columns = read_plan(
-        plan_ptr + (n * blocks + block) * 4, t_first, t_last, offset, first, window, slot_tiles, KEYS
+    lo, full, diagonal, stop, full_columns, lasting, passing = read_plan(
+        plan_ptr + (n * blocks + block) * 5, t_first, t_last, offset, first, window, slot_tiles, KEYS
     )
 
     row = block * ROWS + tl.arange(0, ROWS)
@@ -91,11 +91,12 @@ def _query_kernel(
         start = (tile * KEYS - pad).to(tl.int64)
         k, v = load_key_tile(k_ptr + start * k_t, v_ptr + start * v_t, lane, k_t, v_t, None, DIM, PAD_DIM, False)
         dq = _query_step(dq, q, do, k, v, i, lane, lane, lse, delta, scale_log2, False, PRECISION)
-    columns_left = tl.cdiv(columns - full_columns, KEYS)
+    columns_left = tl.cdiv(lasting + passing - full_columns, KEYS)
     for step in range(0, columns_left + full - lo + stop - diagonal):
         j, inside, e = masked_tile(
-            step, columns_left, full - lo, lo, diagonal, pad, columns_ptr, full_columns, columns, end_ptr, keys, KEYS
-        )
+            step, columns_left, full - lo, lo, diagonal, pad, columns_ptr, full_columns, lasting, passing, capacity,
+            end_ptr, keys, KEYS,
+        )  # fmt: skip
         k, v = load_key_tile(k_ptr, v_ptr, j.to(tl.int64), k_t, v_t, inside, DIM, PAD_DIM, True)
         dq = _query_step(dq, q, do, k, v, i, j, e, lse, delta, scale_log2, True, PRECISION)
 
@@ -344,9 +345,9 @@ def attention_backward(
     columns = plan.columns
     if not plan.fits(query_tile):
         plan = build_schedule(end_NS, sizes, query_tile, span_tokens=span_tokens, scan=scan)
-    blocks = plan.plan_NQ4.shape[1]
+    blocks = plan.plan_NQ5.shape[1]
     _query_kernel[(blocks * heads,)](
-        q, k, v, end_NS, plan.plan_NQ4, plan.columns_NPS, out, do, lse_NR, delta_NR, dq,
+        q, k, v, end_NS, plan.plan_NQ5, plan.columns_NPS, out, do, lse_NR, delta_NR, dq,
         *strides, *border, blocks, *plan.columns_NPS.shape[1:], *scales,
         **sizes.constants(), ROWS=query_tile.rows, KEYS=query_tile.keys, SPAN=plan.span,
         HAS_COLUMNS=sizes.has_columns, **query_tile.options(),

@@ -82,16 +82,17 @@ class Columns:
 class Schedule:
     """What each query block of the forward (and dq) kernel reads.
 
-    plan_NQ4: int32: first near tile with a live key, first near tile that needs no mask, number of leading
-        columns that need no mask, number of columns.
-    columns_NPS: int32: per span of query blocks, the ascending indices of the keys that can still be seen there
-        and lie before the near tiles.
+    plan_NQ5: int32: first near tile with a live key, first near tile that needs no mask, number of leading
+        columns read without a mask, number of lasting columns, number of passing ones.
+    columns_NPS: int32: per span of query blocks, the indices of the keys that can be seen there and lie before the
+        near tiles: from the front those that last to the end of the span, ascending; from the back those that pass
+        within it, ascending too.
     span: query blocks in a span.
     rows, keys: of the tiles that it was made for.
     columns: all columns; None where near tiles cover every key.
     """
 
-    plan_NQ4: Tensor
+    plan_NQ5: Tensor
     columns_NPS: Tensor
     span: int
     rows: int
@@ -168,15 +169,15 @@ def load_key_tile(k_ptr, v_ptr, j, stride_k, stride_v, inside, DIM, PAD_DIM: tl.
 
 @triton.jit
 def masked_tile(
-    step, columns_left, near_left, plan_lo, diagonal, pad, columns_ptr, column_from, columns, end_ptr,
-    keys,
-    KEYS: tl.constexpr,
+    step, columns_left, near_left, plan_lo, diagonal, pad, columns_ptr, full_columns, lasting, passing, capacity,
+    end_ptr, keys, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Indices and ends of the keys of one masked tile: first the columns, then both rims of the near tiles."""
     lane = tl.arange(0, KEYS)
     is_column = step < columns_left
-    at = column_from + step * KEYS + lane
-    gathered = tl.load(columns_ptr + at, mask=at < tl.where(is_column, columns, 0), other=keys)
+    rank = full_columns + step * KEYS + lane
+    at = tl.where(rank < lasting, rank, capacity - 1 - (rank - lasting))
+    gathered = tl.load(columns_ptr + at, mask=rank < tl.where(is_column, lasting + passing, 0), other=keys)
     near = step - columns_left
     tile = tl.where(near < near_left, plan_lo + near, diagonal + near - near_left)
     j = tl.where(is_column, gathered, tile * KEYS - pad + lane)
@@ -186,13 +187,14 @@ def masked_tile(
 
 @triton.jit
 def read_plan(plan_ptr, t_first, t_last, offset, first, window, pad_tiles, KEYS: tl.constexpr):
-    """Bounds of the loops: columns without and with mask, and the near tiles [lo, full, diagonal, stop)."""
+    """Bounds of the loops: the near tiles [lo, full, diagonal, stop), and how many columns there are of each kind."""
     lo = tl.load(plan_ptr)
     full = tl.load(plan_ptr + 1)
     full_columns = tl.load(plan_ptr + 2)
-    columns = tl.load(plan_ptr + 3)
+    lasting = tl.load(plan_ptr + 3)
+    passing = tl.load(plan_ptr + 4)
     _, diagonal, stop = near_tiles(t_first, t_last, offset, first, window, pad_tiles, KEYS)
-    return lo, full, tl.maximum(diagonal, lo), stop, full_columns, columns
+    return lo, full, tl.maximum(diagonal, lo), stop, full_columns, lasting, passing
 
 
 @triton.jit(do_not_specialize=["tokens", "keys", "offset", "first", "window", "blocks", "tiles"])
@@ -214,31 +216,33 @@ def _schedule_kernel(
     last_near, _, last_stop = near_tiles(last_first, last_last, offset, first, window, slot_tiles, KEYS)
     end_ptr += head * keys
 
-    count = tl.zeros([SPAN], tl.int32)
-    lowest = tl.full([SPAN], BIG, tl.int32)
+    lasting = tl.zeros([SPAN], tl.int32)
+    passing = tl.zeros([SPAN], tl.int32)
     if HAS_COLUMNS:
         all_ptr += head * keys
         prefix_ptr += head * (tiles + 1)
         columns_ptr += (head * tl.num_programs(0) + span) * capacity
         shared = tl.load(prefix_ptr + first_near)  # columns before the near tiles of every block of the span
         listed = tl.load(prefix_ptr + last_near)
-        total = 0
+        front = 0
+        back = capacity - 1
         for at0 in range(0, listed, LIST):
             at = at0 + tl.arange(0, LIST)
             j = tl.load(all_ptr + at, mask=at < listed, other=0)
             e = tl.minimum(tl.load(end_ptr + j, mask=at < listed, other=0), keys)
-            live = e > first + span_first
-            flag = live.to(tl.int32)
-            tl.store(columns_ptr + total + tl.cumsum(flag, 0) - flag, j, mask=live)
-            total += tl.sum(flag, 0)
-            low = tl.where(live, e, BIG)
+            lasts = (e > first + last_last).to(tl.int32)
+            passes = (e > first + span_first).to(tl.int32) - lasts
+            tl.store(columns_ptr + front + tl.cumsum(lasts, 0) - lasts, j, mask=lasts > 0)
+            tl.store(columns_ptr + back - (tl.cumsum(passes, 0) - passes), j, mask=passes > 0)
+            front += tl.sum(lasts, 0)
+            back -= tl.sum(passes, 0)
             if at0 + LIST <= shared:
-                count += tl.sum(flag, 0)
-                lowest = tl.minimum(lowest, tl.min(low, 0))
+                lasting += tl.sum(lasts, 0)
+                passing += tl.sum(passes, 0)
             else:
                 before = ((j + pad) // KEYS)[None, :] < near[:, None]
-                count += tl.sum(tl.where(before, flag[None, :], 0), 1)
-                lowest = tl.minimum(lowest, tl.min(tl.where(before, low[None, :], BIG), 1))
+                lasting += tl.sum(tl.where(before, lasts[None, :], 0), 1)
+                passing += tl.sum(tl.where(before, passes[None, :], 0), 1)
 
     live_from = stop
     full_from = near
@@ -256,13 +260,13 @@ def _schedule_kernel(
         full_from = tl.maximum(full_from, tl.max(tl.where(cut, tile[None, :] + 1, 0), 1))
 
     full_from = tl.minimum(tl.maximum(full_from, live_from), tl.maximum(diagonal, live_from))
-    full_columns = tl.where(lowest > first + t_last, count // KEYS * KEYS, 0)
-    plan_ptr += (head * blocks + block) * 4
+    plan_ptr += (head * blocks + block) * 5
     store = block < blocks
     tl.store(plan_ptr, live_from, mask=store)
     tl.store(plan_ptr + 1, full_from, mask=store)
-    tl.store(plan_ptr + 2, full_columns, mask=store)
-    tl.store(plan_ptr + 3, count, mask=store)
+    tl.store(plan_ptr + 2, lasting // KEYS * KEYS, mask=store)
+    tl.store(plan_ptr + 3, lasting, mask=store)
+    tl.store(plan_ptr + 4, passing, mask=store)
 
 
 @triton.jit
@@ -310,17 +314,17 @@ def build_schedule(end_NS: Tensor, sizes: Geometry, tile: Tile, *, span_tokens: 
     span = triton.next_power_of_2(wanted)
     spans = triton.cdiv(blocks, span)
     heads, capacity = end_NS.shape[0], sizes.keys if sizes.has_columns else 1
-    plan_NQ4 = torch.empty(heads, blocks, 4, dtype=torch.int32, device=end_NS.device)
+    plan_NQ5 = torch.empty(heads, blocks, 5, dtype=torch.int32, device=end_NS.device)
     columns_NPS = torch.empty(heads, spans, capacity, dtype=torch.int32, device=end_NS.device)
     # without columns neither list is read
     listed = (end_NS, end_NS) if columns is None else (columns.columns_NS, columns.prefix_NK1)
     _schedule_kernel[(spans, heads)](
-        end_NS, *listed, plan_NQ4, columns_NPS,
+        end_NS, *listed, plan_NQ5, columns_NPS,
         sizes.tokens, sizes.keys, sizes.offset, sizes.first, sizes.window, blocks, _key_tiles(sizes, tile.keys),
         capacity, GROUP=sizes.group, ROWS=tile.rows, KEYS=tile.keys, SPAN=span, SCAN=max(1, scan // 4 // tile.keys),
         LIST=max(16, scan // 4), HAS_COLUMNS=sizes.has_columns, num_warps=4,
     )  # fmt: skip
-    return Schedule(plan_NQ4, columns_NPS, span, tile.rows, tile.keys, columns)
+    return Schedule(plan_NQ5, columns_NPS, span, tile.rows, tile.keys, columns)
 
 
 def _key_tiles(sizes: Geometry, width: int) -> int:
