@@ -64,7 +64,8 @@ class HybridConfig(PreTrainedConfig):
         tie_word_embeddings: whether the output layer is the embedding.
         max_position_embeddings: length trained on; the target density is budget / (this - window). Nothing in the
             model limits the length of a text.
-        prefill_chunk: tokens of a prompt taken at once when there is a cache.
+        prefill_chunk: tokens of a prompt that each row takes at once when there is a cache; null: 8192 shared by the
+            rows (at least 1024 each) on CUDA, 2048 elsewhere.
         attention_backend: `auto`, `reference`, `flex` or `triton` (lte/attention.py).
 
     Raises:
@@ -113,7 +114,7 @@ class HybridConfig(PreTrainedConfig):
     initializer_range: float = 0.006
     tie_word_embeddings: bool = True
     max_position_embeddings: int = 4096
-    prefill_chunk: int = 2048
+    prefill_chunk: int | None = None
     attention_backend: str = "auto"
     use_cache: bool = True
     pad_token_id: int | None = None
@@ -190,7 +191,9 @@ class HybridConfig(PreTrainedConfig):
         one_of("scorer_sharing", SCORER_SHARING)
         one_of("attention_backend", ATTENTION_BACKENDS)
         at_least(1, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        at_least(1, "num_key_value_heads", "head_dim", "gdn_num_heads", "gdn_head_dim", "prefill_chunk")
+        at_least(1, "num_key_value_heads", "head_dim", "gdn_num_heads", "gdn_head_dim")
+        if self.prefill_chunk is not None:
+            at_least(1, "prefill_chunk")
         at_least(1, "max_position_embeddings", "penalty_interval")
         at_least(0, "sinks", "budget", "keep_all_steps", "penalty_min", "scorer_lr_scale", "initializer_range")
         at_least(2, "gdn_conv_size")

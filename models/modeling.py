@@ -186,7 +186,7 @@ class HybridModel(HybridPreTrainedModel):
         self, tokens: Tensor, mask_BT: Tensor | None, cache: HybridCache, last_columns: int, with_states: bool
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         """The prompt in chunks, so that memory beyond the result doesn't grow with it."""
-        length, chunk = tokens.shape[1], self.config.prefill_chunk
+        length, chunk = tokens.shape[1], self.prefill_chunk(len(tokens))
         first_column = max(0, length - last_columns) if last_columns else 0
         hiddens, all_states = [], []
         for start in range(0, length, chunk):
@@ -210,6 +210,13 @@ class HybridModel(HybridPreTrainedModel):
                 all_states.append([restore(x[:, -columns:])[:, skip:] for x in states or ()])
         states = tuple(torch.cat(x, 1) for x in zip(*all_states, strict=True)) if with_states else None
         return hiddens[0] if len(hiddens) == 1 else torch.cat(hiddens, 1), states
+
+    def prefill_chunk(self, batch: int) -> int:
+        """Tokens of a prompt that each of `batch` rows takes at once (`config.prefill_chunk`)."""
+        if self.config.prefill_chunk is not None:
+            return self.config.prefill_chunk
+        # many tokens a launch on CUDA; elsewhere the chunk's masks are tensors
+        return max(1024, 8192 // batch) if self.device.type == "cuda" else 2048
 
     def _run(
         self,
