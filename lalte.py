@@ -111,8 +111,11 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
         "  cat book.txt | lalte generate --model runs/quickstart -\n"
         "  lalte generate --model runs/quickstart --prompt-file book.txt --session book.session --max-new-tokens 0\n"
         '  lalte generate --model runs/quickstart --session book.session --prompt "What was the number?"\n'
+        "  lalte generate --model runs/quickstart --prompt-file book.txt --retention h2o --budget 64\n"
         "Ctrl-C ends the text; the session is kept."
     )
+    from eval.settings import add_retention_arguments
+
     add = parser.add_argument
     add("--model", metavar="DIR", required=True, help="folder of the model and its tokenizer")
     source = parser.add_mutually_exclusive_group()
@@ -126,7 +129,7 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--top-k", metavar="N", type=int, help="draw from the N likeliest tokens")
     add("--top-p", metavar="X", type=float, help="draw from the likeliest tokens of total probability X")
     add("--seed", metavar="N", type=int, default=0, help="of the draws; default: 0")
-    add("--budget", metavar="N", type=int, help="retained tokens per head; 0: none; default: the model's own")
+    add_retention_arguments(parser)
     add("--device", metavar="NAME", default="auto", help="auto (default), cpu, cuda, cuda:1, …")
     add("--dtype", metavar="NAME", default="auto", help="auto (default: as saved), float32, bfloat16, float16")
 
@@ -181,8 +184,7 @@ def _generate(args: argparse.Namespace) -> int:
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     _quiet()
     model, tokenizer = load(args.model, args.device, args.dtype)
-    if args.budget is not None:
-        model.set_retention_budget(args.budget)
+    model.use_retention(args.retention, args.budget)
     return terminal.run(
         model,
         tokenizer,
@@ -208,26 +210,31 @@ def _quiet() -> None:
 
 def _info_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Parameters of a model by part, its rule, and the bytes of its cache. Nothing is loaded or allocated."
+        "Parameters of a model by part, its rule, the bytes of its cache, and what a token costs. Nothing is\n"
+        "loaded or allocated. Operations are those of matrix products; docs/mixers.md has the formulas."
     )
     parser.epilog = (
         "examples:\n"
         "  lalte info configs/models/lalte-0.4b.json\n"
-        "  lalte info runs/quickstart --batch 8 --dtype float32"
+        "  lalte info runs/quickstart --batch 8 --dtype float32\n"
+        "  lalte info configs/models/lalte-1.4b.json --length 65536 --json"
     )
     parser.add_argument("config", metavar="CONFIG|DIR", help="a model configuration (JSON), or a model's folder")
     parser.add_argument("--batch", metavar="N", type=int, default=1, help="sequences of the cache; default: 1")
     parser.add_argument("--dtype", metavar="NAME", default="bfloat16", help="of the cache; default: bfloat16")
+    parser.add_argument("--length", metavar="N", type=int, help="tokens of a text; default: those trained on")
+    parser.add_argument("--json", action="store_true", help="everything as JSON, for programs")
 
 
 def _info(args: argparse.Namespace) -> int:
     from models.config import load_config
-    from models.info import render
+    from models.info import as_json, render
     from models.loading import DTYPES
 
     if args.dtype not in DTYPES:
         raise ValueError(f"--dtype {args.dtype} is unknown; use {', '.join(DTYPES)}")
-    print(render(load_config(args.config), args.batch, DTYPES[args.dtype]))
+    show = as_json if args.json else render
+    print(show(load_config(args.config), args.batch, DTYPES[args.dtype], args.length))
     return 0
 
 
@@ -273,6 +280,8 @@ EVALUATIONS = {
 BENCHMARKS = {
     "attention": _command_of("benchmarks.attention", "the attention op, forward and backward, beside its peers"),
     "train": _command_of("benchmarks.train", "training steps of models of equal size"),
+    "scaling": _command_of("benchmarks.scaling", "training on one device and on several"),
+    "cost": _command_of("benchmarks.cost", "GPU hours of the recipes, from what was measured"),
     "prefill": _command_of("benchmarks.prefill", "prompts of growing length"),
     "decode": _command_of("benchmarks.decode", "milliseconds a token, after texts of growing length"),
     "coldstart": _command_of("benchmarks.coldstart", "from an empty kernel cache to the first training step"),

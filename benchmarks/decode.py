@@ -118,6 +118,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--config", metavar="SIZE", default="1.4b", help="0.4b, 1.4b (default) or tiny")
     add("--batches", metavar="B,B", default="1,64", help="rows; default: 1,64")
     add("--lengths", metavar="T,T", default="4096,65536,1048576", help="tokens before; default: 4096,65536,1048576")
+    add("--figure", metavar="FILE", help="also draw time and memory against the length, as PNG or SVG")
     add_common_arguments(parser)
 
 
@@ -149,4 +150,29 @@ def run_from_arguments(args: argparse.Namespace) -> int:
                 config = model_config(system, size, **(quick_changes(system) if args.quick else {}))
                 runs[system] = partial(time_system, bench, case, system, config, batch, length, bandwidth)
             bench.run_case(case, runs)
+    if args.figure:
+        draw(bench.rows, f"decode {size} B{batches[0]} T", args.figure)
     return bench.finish()
+
+
+def draw(rows: list[dict[str, Any]], prefix: str, path: str) -> None:
+    """Milliseconds a token and bytes of the cache against the length, of the cases that are `prefix` and a length."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    for axes, metric, label in zip(
+        figure.subplots(1, 2), ("ms", "bytes"), ("milliseconds a token", "cache, bytes"), strict=True
+    ):
+        for system in SYSTEMS:
+            points = {
+                int(r["case"].removeprefix(prefix)): r["median"]
+                for r in rows
+                if (r["system"], r["metric"]) == (system, metric) and r["case"].removeprefix(prefix).isdigit()
+            }
+            if points:
+                axes.plot(*zip(*sorted(points.items()), strict=True), marker="o", label=system)
+        axes.set(xscale="log", yscale="log", xlabel="tokens before", ylabel=label)
+        axes.set_xscale("log", base=2)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path)

@@ -145,6 +145,15 @@ def measure(
     return Timing.of([a.elapsed_time(b) for a, b in zip(begin, end, strict=True)])
 
 
+def time_once(run: Callable[[], object], device: torch.device) -> float:
+    """Milliseconds from the start of a run to the end of all its work, by the clock."""
+    synchronize(device)
+    started = time.perf_counter()
+    run()
+    synchronize(device)
+    return 1e3 * (time.perf_counter() - started)
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done everything."""
     if device.type == "cuda":

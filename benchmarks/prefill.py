@@ -35,7 +35,7 @@ def time_system(bench: Bench, case: str, system: str, config: Any, batch: int, l
     model = build_model(config, bench.device, torch.bfloat16 if cuda else torch.float32).eval()
     sets = [torch.randint(config.vocab_size, (batch, length), device=bench.device) for _ in range(2)]
     # compile and tune on a prompt of two chunks and an odd rest
-    prefill(model, sets[0][:, : 2 * config.prefill_chunk + 1], model.new_cache(batch))
+    prefill(model, sets[0][:, : 2 * model.model.prefill_chunk(batch) + 1], model.new_cache(batch))
 
     def run(i: int) -> None:
         prefill(model, sets[i % 2], model.new_cache(batch))

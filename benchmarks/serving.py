@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ def quick_changes(system: str) -> dict[str, Any]:
     return {**QUICK, "layer_types": layers, **rule}
 
 
+@functools.cache
 @torch.no_grad()
 def check(system: str, device: torch.device) -> None:
     """Prompt in chunks, then token by token, against the parallel form, on the device in float32.

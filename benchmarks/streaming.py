@@ -168,8 +168,8 @@ def run(settings: Settings) -> dict[str, Any]:
         ValueError: settings, model or text can't be used, or the file holds a finished run or another one.
     """
     settings.check()
-    from eval.loading import pick_device
     from eval.results import result, say, write_json
+    from models.loading import pick_device
     from models.streaming_retention import policy_of
 
     for name in settings.retention:
@@ -231,10 +231,10 @@ def _model_and_text(settings: Settings, device: Any) -> tuple[Any, Any]:
         sizes = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4)
         model = LlamaForCausalLM(LlamaConfig(vocab_size=512, num_key_value_heads=2, **sizes)).eval().to(device)
         return model, torch.randint(0, 512, (1, count)).to(device)
-    from eval.loading import load_model
+    from models.loading import load_any
 
     text = _read_text(settings.text, 12 * count)
-    model, tokenizer = load_model(settings.model, settings.dtype, str(device))
+    model, tokenizer = load_any(settings.model, device, settings.dtype)
     ids_1T = tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, :count]
     if ids_1T.shape[1] < count:
         raise ValueError(f"text: {settings.text} has {ids_1T.shape[1]} tokens and {count} are needed; read less")

@@ -1,8 +1,9 @@
-"""Training, forward and backward, of whole models of equal size."""
+"""Training of whole models of equal size: forward and backward, and a few optimizer steps of every member."""
 
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,11 +15,13 @@ from benchmarks.harness import (
     OURS,
     Bench,
     Disagreement,
+    Timing,
     add_common_arguments,
     build_model,
     measure,
     model_config,
     peak_bytes,
+    time_once,
 )
 from lte.scorer import RetentionScorer
 
@@ -27,15 +30,22 @@ Times forward and backward of training (loss included, optimizer not) for laLTE 
 Gated DeltaNet, and it with windowed or full attention. `keep-all` is laLTE as it starts, everything kept; `sparse` as
 it ends, with the target density kept: each scorer's last bias is set to the quantile of its own logits on random
 tokens that leaves this share of the eligible ones positive. What is kept then is measured and noted in the result.
+
+--phase steps trains every member of the family for --steps optimizer steps (AdamW, clipped) on one random batch over
+64 words, and reports the first and the last loss, which must fall, the peak of all memory, and the steps' time.
 """
 EPILOG = """\
 examples:
   lalte bench train
   lalte bench train --phase sparse --systems lalte,gdn
   lalte bench train --precision amp --packed
+  lalte bench train --phase steps --precision amp
   lalte bench train --quick --device cpu --out train.json
 """
 SYSTEMS = (OURS, "gdn", "transformer", "gdn-swa", "gdn-full")
+MEMBERS = (*SYSTEMS, "streaming", "nsa", "lansa")
+WORDS, LEARNING_RATE = 64, 1e-3
+COLD_STEPS = 2  # whose time is that of making kernels
 BUFFERS = 4
 LOSS_TOLERANCE = 5e-3
 GRADIENT_TOLERANCE = 5e-2
@@ -69,6 +79,7 @@ def set_density(model: nn.Module, ids: Tensor, rounds: int = 3) -> float:
     return float(sum(s.kept.sum() for s in stats) / sum(s.eligible.sum() for s in stats).clamp(min=1))
 
 
+@functools.cache
 def check(system: str, device: torch.device) -> None:
     """The tiny model's training loss and gradients on the device, in bfloat16 there, against float32 on the CPU.
 
@@ -134,14 +145,54 @@ def time_system(
     bench.add_timing(case, system, timing, tokens=batch * length)
 
 
+def train_steps(bench: Bench, case: str, system: str, config: Any, batch: int, length: int) -> None:
+    """Optimizer steps of a new model on one batch: losses, the peak of all memory, and the steps' time.
+
+    Raises: Disagreement if the loss doesn't fall.
+    """
+    amp, steps = bench.args.precision == "amp", bench.args.steps
+    dtype = torch.bfloat16 if bench.device.type == "cuda" and not amp else torch.float32
+    losses, samples = [], []
+    with peak_bytes(bench.device) as peak:
+        model = build_model(config, bench.device, dtype).train()
+        optimizer = torch.optim.AdamW(model.parameter_groups(weight_decay=0.1, lr=LEARNING_RATE))
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(min(WORDS, config.vocab_size), (batch, length), generator=generator).to(bench.device)
+        inputs = batch_of(ids, bench.args.packed)
+
+        def step() -> None:
+            with torch.autocast(bench.device.type, torch.bfloat16, enabled=amp):
+                output = model(**inputs, num_items_in_batch=batch * (length - 1), use_cache=False)
+            output.loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            model.update_retention_penalty()
+            losses.append(output.lm_loss.detach())
+
+        for _ in range(steps):
+            samples.append(time_once(step, bench.device))
+        bench.add_bytes(case, system, peak())
+    losses = [float(loss) for loss in losses]
+    if not losses[-1] < losses[0]:
+        raise Disagreement(f"the loss doesn't fall: {', '.join(f'{loss:.3f}' for loss in losses)}")
+    bench.note(case, system, parameters=sum(p.numel() for p in model.parameters()), losses=losses)
+    bench.add_timing(case, system, Timing.of(samples[COLD_STEPS:]), tokens=batch * length)
+    for number in (1, steps):
+        loss = losses[number - 1]
+        bench.add(f"{case} {number}", system, "loss", loss, loss, loss, 1)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `lalte bench train`."""
     parser.description, parser.epilog = DESCRIPTION, EPILOG
     add = parser.add_argument
     add("--config", metavar="SIZE", default="0.4b", help="0.4b (default), 1.4b or tiny")
-    add("--batch", metavar="B", type=int, default=8, help="rows; default: 8")
+    add("--batch", metavar="B", type=int, help="rows; default: 8, of --phase steps 4")
     add("--length", metavar="T", type=int, default=4096, help="tokens a row; default: 4096")
-    add("--phase", choices=["keep-all", "sparse", "both"], default="both", help="what laLTE keeps; default: both")
+    phases = ["keep-all", "sparse", "both", "steps"]
+    add("--phase", choices=phases, default="both", help="what laLTE keeps (default: both), or optimizer steps")
+    add("--steps", metavar="N", type=int, default=10, help="of --phase steps; default: 10")
     add(
         "--precision",
         choices=["bf16", "amp"],
@@ -154,14 +205,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_from_arguments(args: argparse.Namespace) -> int:
     """Run the benchmark; the exit status."""
-    size, batch, length = args.config, args.batch, args.length
+    stepping = args.phase == "steps"
+    size, batch, length = args.config, args.batch or (4 if stepping else 8), args.length
+    if args.steps <= COLD_STEPS:
+        raise ValueError(
+            f"--steps {args.steps} must be at least {COLD_STEPS + 1}: the first {COLD_STEPS} aren't timed"
+        )
     changes: dict[str, Any] = {}
     if args.quick:
         size, batch, length = "tiny", 2, 96
         changes = {"num_hidden_layers": 2, "vocab_size": 256}
-    name = "train" if size == "0.4b" else f"train-{size}"
+    name = ("train-steps" if stepping else "train") + ("" if size == "0.4b" else f"-{size}")
     bench = Bench(name, args, {"size": size, "batch": batch, "length": length, **changes})
     suffix = (" amp" if args.precision == "amp" else "") + (" packed" if args.packed else "")
+    if stepping:
+        case = f"train {size} B{batch} T{length}{suffix} steps"
+        configs = {system: _config(system, size, length, args.quick, changes) for system in MEMBERS}
+        bench.run_case(
+            case, {s: partial(train_steps, bench, case, s, config, batch, length) for s, config in configs.items()}
+        )
+        return bench.finish()
     phases = ["sparse", "keep-all"] if args.phase == "both" else [args.phase]
     for phase in phases:
         case = f"train {size} B{batch} T{length}{suffix}" + (" all kept" if phase == "keep-all" else "")
@@ -169,10 +232,7 @@ def run_from_arguments(args: argparse.Namespace) -> int:
         for system in SYSTEMS:
             if system != OURS and phase == "keep-all" and len(phases) > 1:
                 continue  # they have no phases
-            layers = {"layer_types": _layers(system)} if args.quick else {}
-            rule = {"window": 24, "budget": 10} if args.quick and system == OURS else {}
-            kept = {"max_position_embeddings": length} if system == OURS else {}
-            config = model_config(system, size, **changes, **layers, **rule, **kept)
+            config = _config(system, size, length, args.quick, changes)
             prepare = partial(_prepare, system=system, phase=phase, batch=batch, length=length)
             runs[system] = partial(time_system, bench, case, system, config, batch, length, prepare)
         bench.run_case(case, runs)
@@ -191,7 +251,11 @@ def _prepare(model: nn.Module, *, system: str, phase: str, batch: int, length: i
     return {"kept_density": float(sum(s.kept.sum() for s in stats) / sum(s.eligible.sum() for s in stats))}
 
 
-def _layers(system: str) -> list[str]:
-    """Layer types of a model of two layers."""
-    first = "attention" if system == "transformer" else "gated_deltanet"
-    return [first, "gated_deltanet" if system == "gdn" else "attention"]
+def _config(system: str, size: str, length: int, quick: bool, changes: dict[str, Any]) -> Any:
+    """A member's configuration; `quick` makes it one of two layers, with a rule that is at work in short rows."""
+    kept = {"max_position_embeddings": length} if system == OURS else {}
+    if not quick:
+        return model_config(system, size, **changes, **kept)
+    whole = model_config(system, size).layer_types
+    rule = {"window": 24, "budget": 10} if system == OURS else {}
+    return model_config(system, size, layer_types=whole[:2], **rule, **changes, **kept)

@@ -11,100 +11,23 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import astuple
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from .answering import Runner, accuracy_row, answer
+from .conditions import evaluating, retained
 from .evaporate_data import Document, check_task, read_documents
-from .evaporate_prompts import EvaporateSample, contains, definition, make_samples, window_room
-from .loading import model_identity, tokenizer_identity
-from .niah import (
-    _error_text,
-    _evaluating,
-    _pad_id,
-    _row,
-    _run_cell,
-    _Runner,
-    _without_habits,
-    encode_prompts,
-    retention_budget,
-)
+from .evaporate_prompts import contains, definition, make_samples, window_room
+from .loading import model_identity, system_name, tokenizer_identity
 from .reports import case_table, print_cases
 from .results import SampleLog, claim_folder, result, say, write_bytes, write_json
 from .tables import heat_map
 
 NEW_TOKENS = 48
-
-
-# ---- answers ----
-
-
-class _LineEnd(StoppingCriteria):
-    """A row is done once its new tokens hold a line's end."""
-
-    def __init__(self, tokenizer: Any, prompt_tokens: int) -> None:
-        self.tokenizer, self.prompt_tokens = tokenizer, prompt_tokens
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        new = self.tokenizer.batch_decode(input_ids[:, self.prompt_tokens :], skip_special_tokens=True)
-        return torch.tensor(["\n" in text for text in new], device=input_ids.device)
-
-
-@torch.no_grad()
-def answer_line(model: Any, tokenizer: Any, texts: Sequence[str], new_tokens: int = NEW_TOKENS) -> list[str]:
-    """Greedy continuations up to the end of the line, `new_tokens` tokens, or the end-of-text token."""
-    ids_BT, mask_BT = encode_prompts(tokenizer, texts)
-    device, eos = next(model.parameters()).device, tokenizer.eos_token_id
-    greedy = GenerationConfig(
-        do_sample=False, max_new_tokens=new_tokens, pad_token_id=_pad_id(tokenizer), eos_token_id=eos
-    )
-    stop = StoppingCriteriaList([_LineEnd(tokenizer, ids_BT.shape[1])])
-    with _without_habits(model):
-        out_BT = model.generate(
-            input_ids=ids_BT.to(device),
-            attention_mask=mask_BT.to(device),
-            generation_config=greedy,
-            stopping_criteria=stop,
-        )
-    answers = []
-    for ids in out_BT[:, ids_BT.shape[1] :].tolist():
-        end = ids.index(eos) if eos is not None and eos in ids else len(ids)
-        answers.append(tokenizer.decode(ids[:end], skip_special_tokens=True).split("\n")[0])
-    return answers
-
-
-class _EvaporateRunner(_Runner):
-    """Answers up to the line's end, scored by `contains`."""
-
-    def _try(self, batch: Sequence[EvaporateSample]) -> list[str] | Exception:
-        try:
-            return answer_line(self.model, self.tokenizer, [sample.text for sample in batch], self.new_tokens)
-        except Exception as error:
-            if isinstance(error, torch.cuda.OutOfMemoryError):
-                torch.cuda.empty_cache()
-            return error
-
-    def _record(self, sample: EvaporateSample, prediction: str | Exception) -> dict[str, Any]:
-        failed = isinstance(prediction, Exception)
-        record = {
-            "index": sample.index,
-            "task": sample.task,
-            "length": sample.length,
-            "key": sample.key,
-            "tokens": sample.tokens,
-            "depth_percent": sample.depth_percent,
-            "expected": list(sample.outputs),
-            "prediction": None if failed else prediction,
-            "score": None if failed else contains(prediction, sample.outputs[0]),
-            "error": _error_text(prediction) if failed else None,
-        }
-        return record | ({"prompt": sample.text} if self.save_prompts else {})
-
-
-# ---- the run ----
+FIELDS = ("index", "task", "length", "key", "tokens", "depth_percent")  # of a sample, in its record
 
 
 def _choose(documents: list[Document], samples: int | None, seed: int) -> list[tuple[int, Document]]:
@@ -180,6 +103,7 @@ def run_evaporate(
     seed: int = 0,
     batch_size: int = 8,
     budget: int | None = None,
+    retention: str | None = None,
     resume: bool = True,
     progress: bool = True,
     save_prompts: bool = False,
@@ -195,7 +119,7 @@ def run_evaporate(
         twice: the model reads the text two times.
         scoring: v0 or v1 of the harness's tasks.
         samples: so many documents, drawn with `seed`; None: all.
-        budget: retained tokens per KV head during the run; None: the model's own.
+        budget, retention: retained tokens per KV head during the run, and what chooses them; None: the model's own.
 
     Returns:
         The content of result.json: accuracy with its 95 % Wilson interval for each length.
@@ -227,6 +151,7 @@ def run_evaporate(
         "samples": samples,
         "seed": seed,
         "budget": budget,
+        "retention": retention,
     }
     name = f"{task}-twice" if twice else task
     made = []
@@ -238,18 +163,19 @@ def run_evaporate(
             )
         made.append((f"{name} L{length}" if length else name, len(own) - len(ready), ready))
     out, rows, cells, records = Path(out_dir), [], [], []
-    system = system or getattr(model.config, "model_type", None) or type(model).__name__
+    system = system or system_name(model)
+    answer_line = partial(answer, model, tokenizer, new_tokens=NEW_TOKENS, one_line=True)
     total = sum(len(ready) for _, _, ready in made)
-    with retention_budget(model, budget), _evaluating(model), tqdm(total=total, disable=not progress) as bar:
+    with retained(model, budget, retention), evaluating(model), tqdm(total=total, disable=not progress) as bar:
         claim_folder(out, settings, resume=resume)
-        runner = _EvaporateRunner(model, tokenizer, NEW_TOKENS, save_prompts)
+        runner = Runner(answer_line, lambda text, values: contains(text, values[0]), FIELDS, save_prompts)
         for case, dropped, ready in made:
             bar.set_description(case)
             with SampleLog(out / "samples" / f"{case.replace(' ', '-')}.jsonl") as log:
-                answered = _run_cell(runner, log, ready, batch_size, bar)
+                answered = runner.run_case(log, ready, batch_size, bar)
             records += answered
             cells.append(_summary(case, answered, dropped))
-            found = _row(answered, case, system)
+            found = accuracy_row(answered, case, system)
             rows += [found] if found else []
     keys = ("definition", "tokenizer", "lengths", "samples", "seed")
     content = result(

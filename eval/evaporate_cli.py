@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass, field
 
-from .settings import add_run_arguments, describe, keep, numbers, resolve
+from .settings import PromptSettings, add_prompt_arguments, describe, keep, load, numbers, options, resolve
 
 HELP = "EVAPORATE (FDA, SWDE, SQuAD): does the model find a value in a document?"
 DESCRIPTION = """\
@@ -31,24 +31,15 @@ samples/*.jsonl, config.yaml and, with lengths, a heat map. The same command con
 
 
 @dataclass
-class EvaporateConfig:
-    """Settings of a run; see `evaporate.run_evaporate` and `loading.load_model`."""
+class EvaporateConfig(PromptSettings):
+    """Settings of a run; see `evaporate.run_evaporate`."""
 
-    model: str | None = None
-    out: str | None = None
     task: str | None = None
     data: str | None = None
     lengths: list[int] = field(default_factory=list)
     twice: bool = False
     scoring: str = "v1"
     samples: int | None = None
-    seed: int = 0
-    batch_size: int = 8
-    budget: int | None = None
-    dtype: str = "auto"
-    device: str = "auto"
-    resume: bool = True
-    save_prompts: bool = False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,9 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--twice", action=flag, default=None, help="the text is read two times, after what is asked")
     add("--scoring", metavar="V", help="v1 (default) strips text and value, v0 doesn't; of the harness's tasks")
     add("--samples", metavar="N", type=int, help="documents, drawn at random; default: all")
-    add("--seed", metavar="N", type=int, help="of the drawing; default: 0")
-    add("--save-prompts", action=flag, default=None, help="keep each prompt in samples/*.jsonl (default: no)")
-    add_run_arguments(parser)
+    add_prompt_arguments(parser)
 
 
 def run_from_arguments(args: argparse.Namespace) -> int:
@@ -76,27 +65,11 @@ def run_from_arguments(args: argparse.Namespace) -> int:
     from .evaporate import run_evaporate
     from .evaporate_data import check_task
     from .evaporate_prompts import SCORINGS
-    from .loading import load_model
 
     check_task(config.task)
     if config.scoring not in SCORINGS:
         raise ValueError(f"scoring: {config.scoring!r} is unknown; use one of {', '.join(SCORINGS)}")
-    model, tokenizer = load_model(config.model, config.dtype, config.device)
-    content = run_evaporate(
-        model,
-        tokenizer,
-        config.task,
-        config.out,
-        data=config.data,
-        lengths=config.lengths,
-        twice=config.twice,
-        scoring=config.scoring,
-        samples=config.samples,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        budget=config.budget,
-        resume=config.resume,
-        save_prompts=config.save_prompts,
-    )
+    model, tokenizer = load(config)
+    content = run_evaporate(model, tokenizer, out_dir=config.out, **options(config))
     keep(config)
     return int(any(cell["errors"] for cell in content["cells"]))

@@ -27,11 +27,12 @@ from lm_eval import evaluate
 from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.tasks import TaskManager
 
+from .answering import error_text
+from .conditions import evaluating, retained
 from .harness_model import Answers, HarnessModel, HopelessError
-from .haystacks import _punkt_paths, essay_words
+from .haystacks import essay_words, punkt_paths
 from .intervals import bootstrap
-from .loading import model_identity, tokenizer_identity
-from .niah import _error_text, _evaluating, retention_budget
+from .loading import model_identity, system_name, tokenizer_identity
 from .reports import case_table, print_cases
 from .results import SampleLog, claim_folder, result, row, say, wilson, write_bytes, write_json
 
@@ -84,7 +85,7 @@ def _find_sentence_data() -> None:
     import nltk
 
     try:
-        paths = _punkt_paths()
+        paths = punkt_paths()
     except ValueError:
         return
     nltk.data.path += [path for path in paths if path not in nltk.data.path]
@@ -212,6 +213,7 @@ def run_harness(
     include: str | Path | Sequence[str | Path] | None = None,
     own_tasks: bool = True,
     budget: int | None = None,
+    retention: str | None = None,
     resume: bool = True,
     progress: bool = True,
     save_prompts: bool = False,
@@ -229,7 +231,7 @@ def run_harness(
         essays, data: see `local_data`.
         include: folder, or folders, with more task files.
         own_tasks: whether the harness's own tasks are known too; looking through them takes a while.
-        budget: retained tokens per KV head during the run; None: the model's own.
+        budget, retention: retained tokens per KV head during the run, and what chooses them; None: the model's own.
 
     Returns:
         The content of result.json; `harness` holds the harness's own aggregates.
@@ -263,11 +265,12 @@ def run_harness(
         "essays": essays,
         "data": {name: hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] for name, file in files.items()},
         "budget": budget,
+        "retention": retention,
     }
     out, rows, failed, own = Path(out_dir), [], [], {}
-    system = system or getattr(model.config, "model_type", None) or type(model).__name__
+    system = system or system_name(model)
     place = tempfile.TemporaryDirectory(prefix="lalte-tokenizer-")
-    with place as folder, retention_budget(model, budget), _evaluating(model), local_data(files, essays):
+    with place as folder, retained(model, budget, retention), evaluating(model), local_data(files, essays):
         claim_folder(out, settings, resume=resume)
         tokenizer.save_pretrained(folder)  # RULER's tasks measure their prompts with a tokenizer read from a folder
         facts["tokenizer"] = folder
@@ -284,7 +287,7 @@ def run_harness(
                 except HopelessError:
                     raise
                 except Exception as error:
-                    failed.append({"case": f"{task}{suffix}", "error": _error_text(error)})
+                    failed.append({"case": f"{task}{suffix}", "error": error_text(error)})
                     say(f"warning: {task}{suffix} couldn't be run: {failed[-1]['error']}")
                     continue
                 own[f"{task}{suffix}"] = _plain(found["results"])

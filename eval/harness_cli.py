@@ -6,7 +6,7 @@ import argparse
 import importlib.util
 from dataclasses import dataclass, field
 
-from .settings import add_run_arguments, describe, keep, names, numbers, resolve
+from .settings import PromptSettings, add_prompt_arguments, describe, keep, load, names, numbers, options, resolve
 
 HELP = "tasks of lm-evaluation-harness, such as arc_easy, lambada_openai, wikitext, niah_single_1"
 DESCRIPTION = """\
@@ -28,27 +28,18 @@ continues an interrupted run.
 
 
 @dataclass
-class HarnessConfig:
-    """Settings of a run; see `harness.run_harness` and `loading.load_model`."""
+class HarnessConfig(PromptSettings):
+    """Settings of a run; see `harness.run_harness`."""
 
-    model: str | None = None
-    out: str | None = None
     tasks: list[str] = field(default_factory=list)
     lengths: list[int] = field(default_factory=lambda: [4096])
     samples: int | None = None
     fewshot: int | None = None
-    seed: int = 0
-    batch_size: int = 8
     bos: bool | None = None
     max_length: int | None = None
     essays: str = "installed"
     data: list[str] = field(default_factory=list)
     include: str | None = None
-    budget: int | None = None
-    dtype: str = "auto"
-    device: str = "auto"
-    resume: bool = True
-    save_prompts: bool = False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +50,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--lengths", metavar="N,M", type=numbers, help="tokens, for niah and other tasks of RULER; default: 4096")
     add("--samples", metavar="N", type=int, help="the first N of each task; default: all")
     add("--fewshot", metavar="N", type=int, help="examples before each question; default: the task's own number")
-    add("--seed", metavar="N", type=int, help="of the harness's draws; default: 0, as there")
     add(
         "--bos",
         action=flag,
@@ -70,8 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--essays", metavar="WHICH", help="of the niah tasks: installed (default) or hub")
     add("--data", metavar="NAME=FILE", type=names, help="JSONL files in the place of data sets of the hub")
     add("--include", metavar="DIR", help="folder with more task files")
-    add("--save-prompts", action=flag, default=None, help="keep each prompt in samples/*.jsonl (default: no)")
-    add_run_arguments(parser)
+    add_prompt_arguments(parser, seed="of the harness's draws; default: 0, as there")
 
 
 def run_from_arguments(args: argparse.Namespace) -> int:
@@ -90,27 +79,8 @@ def run_from_arguments(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError("lm-eval: the package is missing; run `pip install 'lalte[lm-eval]'`")
     from .harness import run_harness
-    from .loading import load_model
 
-    model, tokenizer = load_model(config.model, config.dtype, config.device)
-    content = run_harness(
-        model,
-        tokenizer,
-        config.tasks,
-        config.out,
-        lengths=config.lengths,
-        samples=config.samples,
-        fewshot=config.fewshot,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        bos=config.bos,
-        max_length=config.max_length,
-        essays=config.essays,
-        data=files,
-        include=config.include,
-        budget=config.budget,
-        resume=config.resume,
-        save_prompts=config.save_prompts,
-    )
+    model, tokenizer = load(config)
+    content = run_harness(model, tokenizer, out_dir=config.out, **(options(config) | {"data": files}))
     keep(config)
     return int(bool(content["failed_tasks"] or content["failed_requests"]))

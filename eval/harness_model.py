@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from .niah import HOPELESS, _error_text, _without_habits
+from .answering import HOPELESS, error_text
+from .conditions import without_habits
 from .results import SampleLog
 
 UNLIMITED = 1 << 40  # tokens
@@ -70,7 +71,7 @@ class Answers:
             HopelessError: the first requests failed all.
         """
         key = request_key(kind, arguments)
-        self.failed[key] = _error_text(error)
+        self.failed[key] = error_text(error)
         self._append(key, kind, None, self.failed[key])
         if not self.found and len(self.failed) >= HOPELESS:
             raise HopelessError(f"the first {len(self.failed)} requests all failed: {self.failed[key]}") from error
@@ -131,7 +132,7 @@ class HarnessModel(HFLM):
     def _model_generate(self, context: Any, max_length: int, stop: list[str], **settings: Any) -> torch.Tensor:
         # a row that has ended must not go on while its neighbours are still writing
         settings.setdefault("eos_token_id", self.eot_token_id)
-        with _without_habits(self.model):
+        with without_habits(self.model):
             return super()._model_generate(context, max_length, stop, **settings)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:

@@ -96,7 +96,7 @@ def essay_words() -> tuple[str, ...]:
     return tuple(re.sub(r"\s+", " ", text).split(" "))
 
 
-def _punkt_paths() -> list[str]:
+def punkt_paths() -> list[str]:
     """Where punkt_tab lies: NLTK's own search path, else the data that the package llama-index-core carries."""
     import nltk
 
@@ -125,7 +125,7 @@ def _sentence_splitter() -> Any:
     import nltk
     from nltk.tokenize import PunktTokenizer
 
-    for path in _punkt_paths():
+    for path in punkt_paths():
         if path not in nltk.data.path:
             nltk.data.path.append(path)  # the splitter finds its data through this list alone
     return PunktTokenizer("english")

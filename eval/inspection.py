@@ -22,7 +22,7 @@ from lte.visibility import lifetimes
 from models.attention import RetainedAttention
 from models.mixer import Context
 
-from .niah import retention_budget
+from .conditions import retained
 
 PIECE_TOKENS = 16  # as in StreamingLLM's figure of average attention
 MOST_PIECES = 256
@@ -309,7 +309,7 @@ def inspect_text(
     tokens = split_text(tokenizer, text, limit)
     assert not model.training, "the budget is only enforced in evaluation mode"
     layers, found = [], []
-    with retention_budget(model, budget):
+    with retained(model, budget):
         any_mixer = next(iter(mixers.values()))
         rule = {"window": any_mixer.window, "sinks": any_mixer.sinks, "budget": any_mixer.budget}
         whole = _read(model, torch.tensor([tokens.ids]))

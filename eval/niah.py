@@ -6,191 +6,21 @@ soon as it is answered), result.json, table.md and heatmap-<task>.png.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
-from .loading import model_identity, tokenizer_identity
-from .needles import DEFINITION, NEW_TOKENS, NeedleSample, find_task, make_samples, score
-from .results import SampleLog, claim_folder, result, row, say, wilson, write_bytes, write_json
+from .answering import Runner, accuracy_row, answer
+from .conditions import evaluating, retained
+from .loading import model_identity, system_name, tokenizer_identity
+from .needles import DEFINITION, NEW_TOKENS, find_task, make_samples, score
+from .results import SampleLog, claim_folder, result, say, write_bytes, write_json
 from .tables import heat_map, markdown_table, print_table
 
-HOPELESS = 8  # so many failures before the first answer end a run: something is wrong with all of it
-
-
-def encode_prompts(tokenizer: Any, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask [B, T], padded at the left.
-
-    Special tokens are those that the tokenizer adds by itself, but for an end-of-text token at the end, after
-    which no answer could follow.
-    """
-    eos = tokenizer.eos_token_id
-    rows = [tokenizer(text, verbose=False).input_ids for text in texts]
-    rows = [ids[:-1] if len(ids) > 1 and ids[-1] == eos else ids for ids in rows]
-    width = max(len(ids) for ids in rows)
-    pad = _pad_id(tokenizer)
-    ids_BT = torch.tensor([[pad] * (width - len(ids)) + ids for ids in rows])
-    mask_BT = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in rows])
-    return ids_BT, mask_BT
-
-
-def _pad_id(tokenizer: Any) -> int:
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
-    return 0  # padding is masked, so that any token serves
-
-
-@contextmanager
-def _without_habits(model: Any) -> Iterator[None]:
-    """Sets the model's own generation settings aside: generate() would take what isn't given from there."""
-    from transformers import GenerationConfig
-
-    own = getattr(model, "generation_config", None)
-    model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = own
-
-
-@torch.no_grad()
-def answer(model: Any, tokenizer: Any, texts: Sequence[str], new_tokens: int) -> list[str]:
-    """Greedy continuations of the texts, up to `new_tokens` tokens or the tokenizer's end-of-text token."""
-    from transformers import GenerationConfig
-
-    ids_BT, mask_BT = encode_prompts(tokenizer, texts)
-    device = next(model.parameters()).device
-    eos = tokenizer.eos_token_id
-    greedy = GenerationConfig(
-        do_sample=False, max_new_tokens=new_tokens, pad_token_id=_pad_id(tokenizer), eos_token_id=eos
-    )
-    with _without_habits(model):
-        out_BT = model.generate(
-            input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), generation_config=greedy
-        )
-    answers = []
-    for ids in out_BT[:, ids_BT.shape[1] :].tolist():
-        end = ids.index(eos) if eos is not None and eos in ids else len(ids)
-        answers.append(tokenizer.decode(ids[:end], skip_special_tokens=True))
-    return answers
-
-
-@contextmanager
-def retention_budget(model: Any, budget: int | None) -> Iterator[None]:
-    """Runs a model with another number of retained tokens per head; None: with its own.
-
-    The model's `set_retention_budget(budget)` returns the budget it replaces, or None, with which it takes its own.
-
-    Raises:
-        ValueError: the model retains no tokens, or the budget is negative.
-    """
-    if budget is None:
-        yield
-        return
-    if budget < 0:
-        raise ValueError(f"budget: {budget} is negative; give the retained tokens per head, 0 for none")
-    if not hasattr(model, "set_retention_budget"):
-        raise ValueError(f"budget: {type(model).__name__} retains no tokens; leave the budget out")
-    previous = model.set_retention_budget(budget)
-    try:
-        yield
-    finally:
-        model.set_retention_budget(previous)
-
-
-@contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
-def _error_text(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
-
-
-class _Runner:
-    """Answers samples in batches; a sample that fails is recorded and the rest goes on."""
-
-    def __init__(self, model: Any, tokenizer: Any, new_tokens: int, save_prompts: bool) -> None:
-        self.model, self.tokenizer = model, tokenizer
-        self.new_tokens, self.save_prompts = new_tokens, save_prompts
-        self.answered = 0
-        self.failed = 0
-
-    def _try(self, batch: Sequence[NeedleSample]) -> list[str] | Exception:
-        try:
-            return answer(self.model, self.tokenizer, [sample.text for sample in batch], self.new_tokens)
-        except Exception as error:
-            if isinstance(error, torch.cuda.OutOfMemoryError):
-                torch.cuda.empty_cache()
-            return error
-
-    def _record(self, sample: NeedleSample, prediction: str | Exception) -> dict[str, Any]:
-        failed = isinstance(prediction, Exception)
-        record = {
-            "index": sample.index,
-            "task": sample.task,
-            "length": sample.length,
-            "tokens": sample.tokens,
-            "depth_percent": sample.depth_percent,
-            "expected": list(sample.outputs),
-            "prediction": None if failed else prediction,
-            "score": None if failed else score(prediction, sample.outputs),
-            "error": _error_text(prediction) if failed else None,
-        }
-        return record | ({"prompt": sample.text} if self.save_prompts else {})
-
-    def run(self, batch: Sequence[NeedleSample]) -> list[dict[str, Any]]:
-        """Records of a batch; after a failure its samples are tried one by one."""
-        predictions = self._try(batch)
-        if isinstance(predictions, Exception):
-            one_by_one = [self._try([sample]) for sample in batch] if len(batch) > 1 else [predictions]
-            predictions = [p if isinstance(p, Exception) else p[0] for p in one_by_one]
-        errors = [p for p in predictions if isinstance(p, Exception)]
-        self.failed += len(errors)
-        self.answered += len(batch) - len(errors)
-        if not self.answered and self.failed >= HOPELESS:
-            raise RuntimeError(f"the first {self.failed} samples all failed: {_error_text(errors[-1])}") from errors[
-                -1
-            ]
-        return [self._record(sample, p) for sample, p in zip(batch, predictions, strict=True)]
-
-
-def _finished(log: SampleLog, made: Sequence[NeedleSample]) -> set[int]:
-    """Numbers of the samples that need no more work; failed ones are tried again."""
-    for sample in made:
-        record = log.records.get(sample.index)
-        if record is not None and record.get("expected") != list(sample.outputs):
-            raise ValueError(
-                f"{log.path}: sample {sample.index} expects {record.get('expected')!r} there and "
-                f"{list(sample.outputs)!r} here; choose another folder"
-            )
-    return {index for index, record in log.records.items() if record["score"] is not None}
-
-
-def _run_cell(
-    runner: _Runner, log: SampleLog, made: Sequence[NeedleSample], batch_size: int, bar: Any
-) -> list[dict[str, Any]]:
-    """Records of one task at one length, in the order of the samples."""
-    done = _finished(log, made)
-    open_ = [sample for sample in made if sample.index not in done]
-    bar.update(len(made) - len(open_))
-    for start in range(0, len(open_), batch_size):
-        for record in runner.run(open_[start : start + batch_size]):
-            log.append(record)
-            bar.update()
-        scores = [r["score"] for r in log.records.values() if r["score"] is not None]
-        bar.set_postfix_str(f"accuracy {sum(scores) / len(scores):.3f}" if scores else "no answer yet")
-    return [log.records[sample.index] for sample in made]
+FIELDS = ("index", "task", "length", "tokens", "depth_percent")  # of a sample, in its record
 
 
 def _check_numbers(lengths: Sequence[int], **positive: int | None) -> None:
@@ -227,14 +57,6 @@ def _cell_summary(records: Sequence[dict[str, Any]], length: int, new_tokens: in
     }
 
 
-def _row(records: Sequence[dict[str, Any]], case: str, system: str) -> dict[str, Any] | None:
-    scores = [record["score"] for record in records if record["score"] is not None]
-    if not scores:
-        return None
-    low, high = wilson(sum(scores), len(scores))
-    return row(case, system, "accuracy", sum(scores) / len(scores), low, high, len(scores))
-
-
 def _warnings(cells: Sequence[dict[str, Any]]) -> list[str]:
     found = []
     for cell in cells:
@@ -263,6 +85,7 @@ def run_niah(
     *,
     new_tokens: int = NEW_TOKENS,
     budget: int | None = None,
+    retention: str | None = None,
     step: int | None = None,
     resume: bool = True,
     progress: bool = True,
@@ -282,6 +105,7 @@ def run_niah(
         out_dir: the run's folder.
         new_tokens: generated tokens at most; 128 in the definition.
         budget: retained tokens per KV head during the run (0: none); None: the model's own.
+        retention: what chooses the retained tokens (`HybridForCausalLM.set_retention`); None: the model's own.
         step: growth of the haystack, as in `make_samples`; None: the definition's.
         resume: whether a folder that holds a run of the same settings may be continued.
         progress: a bar on standard error, and the table at the end.
@@ -311,28 +135,29 @@ def run_niah(
         samples=samples,
         seed=seed,
         budget=budget,
+        retention=retention,
     )
     make = lambda task, length: make_samples(task, tokenizer, length, samples, seed, new_tokens, step=step)
     # texts that are missing and lengths that are too short show here, before any long work
     ready = {(task, min(lengths)): make(task, min(lengths)) for task in names}
     rows, cells, records = [], [], {name: [] for name in names}
-    system = system or getattr(model.config, "model_type", None) or type(model).__name__
+    system = system or system_name(model)
     with (
-        retention_budget(model, budget),
-        _evaluating(model),
+        retained(model, budget, retention),
+        evaluating(model),
         tqdm(total=len(names) * len(lengths) * samples, disable=not progress, unit="sample") as bar,
     ):
         claim_folder(out, settings, resume=resume)
-        runner = _Runner(model, tokenizer, new_tokens, save_prompts)
+        runner = Runner(partial(answer, model, tokenizer, new_tokens=new_tokens), score, FIELDS, save_prompts)
         for task in names:
             for length in lengths:
                 bar.set_description(f"{task} L{length}")
                 made = ready.pop((task, length), None) or make(task, length)
                 with SampleLog(out / "samples" / f"{task}-L{length}.jsonl") as log:
-                    answered = _run_cell(runner, log, made, batch_size, bar)
+                    answered = runner.run_case(log, made, batch_size, bar)
                 records[task] += answered
                 cells.append(_cell_summary(answered, length, new_tokens))
-                found = _row(answered, cells[-1]["case"], system)
+                found = accuracy_row(answered, cells[-1]["case"], system)
                 rows += [found] if found else []
     device = next(model.parameters()).device
     content = result(

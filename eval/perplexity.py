@@ -22,9 +22,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from .conditions import evaluating, retained
 from .intervals import Moments
-from .loading import model_identity, tokenizer_identity
-from .niah import _evaluating, retention_budget
+from .loading import model_identity, system_name, tokenizer_identity
 from .reports import case_table, print_cases
 from .results import claim_folder, read_json, result, row, say, write_bytes, write_json
 from .streaming import (
@@ -227,9 +227,10 @@ def run_perplexity(
         texts: text files (plain, .gz, .xz), read one after the other.
         tokens: how many to read; fewer if the text or `limit` ends before.
         chunk: tokens read at once, a multiple of 32.
-        cache: see `new_cache`; `sinks`, `window` and `retention` are those of `stream`.
-        budget: retained tokens per KV head; None: the model's own, and none with `stream`.
+        cache: see `new_cache`; `sinks` and `window` are those of `stream`.
         limit: tokens at most; None: no limit, but for a foreign model's full cache its max_position_embeddings.
+        budget, retention: retained tokens per KV head, and what chooses them; None: the model's own, none with
+            `stream`.
         save_every: tokens after which the state is saved, so that an interrupted run continues there.
         on_chunk: called with the position after every chunk.
 
@@ -260,12 +261,14 @@ def run_perplexity(
         "cache": cache_text(cache, *rule),
         "limit": limit,
         "budget": budget,
+        "retention": retention,
     }
-    system = system or getattr(model.config, "model_type", None) or type(model).__name__
+    system = system or system_name(model)
+    own_rule = (None, None) if cache == "stream" else (budget, retention)  # a streaming cache retains by itself
     out, states = Path(out_dir), Path(out_dir) / "state"
     with (
-        retention_budget(model, None if cache == "stream" else budget),
-        _evaluating(model),
+        retained(model, *own_rule),
+        evaluating(model),
         tqdm(total=wanted, disable=not progress, unit="token") as bar,
     ):
         reading = _Reading(model, new_cache(model, cache, 1, *rule), Curve(bucket_ends(tokens)))

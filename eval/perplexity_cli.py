@@ -5,7 +5,17 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass, field
 
-from .settings import add_cache_arguments, add_run_arguments, describe, keep, names, resolve
+from .settings import (
+    CacheSettings,
+    add_cache_arguments,
+    add_run_arguments,
+    describe,
+    keep,
+    load,
+    names,
+    options,
+    resolve,
+)
 
 HELP = "perplexity of an endless text, over the position in it"
 DESCRIPTION = """\
@@ -26,24 +36,14 @@ The folder of --out gets result.json, table.md and config.yaml. The same command
 
 
 @dataclass
-class PerplexityConfig:
-    """Settings of a run; see `perplexity.run_perplexity` and `loading.load_model`."""
+class PerplexityConfig(CacheSettings):
+    """Settings of a run; see `perplexity.run_perplexity`."""
 
-    model: str | None = None
-    out: str | None = None
     text: list[str] = field(default_factory=list)
     tokens: int = 1_000_000
     chunk: int = 512
-    cache: str = "auto"
-    sinks: int = 4
-    window: int = 1020
     limit: int | None = None
     save_every: int = 100_000
-    retention: str | None = None
-    budget: int | None = None
-    dtype: str = "auto"
-    device: str = "auto"
-    resume: bool = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,25 +65,9 @@ def run_from_arguments(args: argparse.Namespace) -> int:
         ValueError: anything that the user can set right.
     """
     config = resolve(PerplexityConfig, args, needed=("model", "out", "text"))
-    from .loading import load_model
     from .perplexity import run_perplexity
 
-    model, tokenizer = load_model(config.model, config.dtype, config.device)
-    run_perplexity(
-        model,
-        tokenizer,
-        config.text,
-        config.out,
-        tokens=config.tokens,
-        chunk=config.chunk,
-        cache=config.cache,
-        sinks=config.sinks,
-        window=config.window,
-        limit=config.limit,
-        retention=config.retention,
-        budget=config.budget,
-        save_every=config.save_every,
-        resume=config.resume,
-    )
+    model, tokenizer = load(config)
+    run_perplexity(model, tokenizer, config.text, config.out, **options(config, "text"))
     keep(config)
     return 0

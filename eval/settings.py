@@ -5,11 +5,49 @@ from __future__ import annotations
 import argparse
 import difflib
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+
+@dataclass
+class ModelSettings:
+    """Settings of every evaluation of a model: which one, how it is loaded and run, and where the results go."""
+
+    model: str | None = None
+    out: str | None = None
+    budget: int | None = None
+    retention: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    resume: bool = True
+
+
+@dataclass
+class PromptSettings(ModelSettings):
+    """Of every evaluation by separate prompts."""
+
+    seed: int = 0
+    batch_size: int = 8
+    save_prompts: bool = False
+
+
+@dataclass
+class StreamSettings(ModelSettings):
+    """Of every evaluation that reads endless text."""
+
+    chunk: int = 256
+    sinks: int = 4
+    window: int = 1020
+
+
+@dataclass
+class CacheSettings(StreamSettings):
+    """Of those that read it through one kind of cache."""
+
+    cache: str = "auto"
 
 
 def names(text: str) -> list[str]:
@@ -43,11 +81,27 @@ def add_run_arguments(parser: argparse.ArgumentParser, batch: str | None = "prom
     add("--config", metavar="FILE", help="YAML with any of these settings; options given here win")
     if batch is not None:
         add("--batch-size", metavar="N", type=int, help=batch)
-    add("--budget", metavar="N", type=int, help="retained tokens per head (0: none); default: the model's own")
+    add_retention_arguments(parser)
     add("--device", metavar="NAME", help="auto (default), cpu, cuda, cuda:1, …")
     add("--dtype", metavar="NAME", help="auto (default: as saved), float32, bfloat16, float16")
     flag = argparse.BooleanOptionalAction
     add("--resume", action=flag, default=None, help="continue a run in --out (default), or refuse to")
+
+
+def add_retention_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds how many tokens are retained, and what chooses them."""
+    add = parser.add_argument
+    add("--budget", metavar="N", type=int, help="retained tokens per head (0: none); default: the model's own")
+    policies = "lte (its scorer), none, recency, random, h2o, tova, key_norm or delta_error"
+    add("--retention", metavar="NAME", help=f"what chooses them: {policies}; default: the model's own")
+
+
+def add_prompt_arguments(parser: argparse.ArgumentParser, seed: str = "of the drawing; default: 0") -> None:
+    """Adds what every evaluation by separate prompts takes; `seed` is the help of --seed."""
+    add, flag = parser.add_argument, argparse.BooleanOptionalAction
+    add("--seed", metavar="N", type=int, help=seed)
+    add("--save-prompts", action=flag, default=None, help="keep each prompt in samples/*.jsonl (default: no)")
+    add_run_arguments(parser)
 
 
 def add_cache_arguments(parser: argparse.ArgumentParser, chunk: int, kinds: bool = True) -> None:
@@ -55,11 +109,14 @@ def add_cache_arguments(parser: argparse.ArgumentParser, chunk: int, kinds: bool
     add = parser.add_argument
     add("--chunk", metavar="N", type=int, help=f"tokens read at once; default: {chunk}")
     if kinds:
-        add("--cache", metavar="KIND", help="auto (default: the model's own, else full), full, or stream")
+        add(
+            "--cache",
+            metavar="KIND",
+            help="auto (default: the model's own, else full), full, or stream (takes --budget)",
+        )
     of = "of --cache stream" if kinds else "of streaming"
     add("--sinks", metavar="N", type=int, help=f"{of}; default: 4")
     add("--window", metavar="N", type=int, help=f"{of}; default: 1020")
-    add("--retention", metavar="NAME", help=f"{of}: what fills --budget, such as h2o or key_norm")
 
 
 def _read_file(path: str, known: Sequence[str]) -> Any:
@@ -105,6 +162,26 @@ def resolve(kind: type[T], args: argparse.Namespace, needed: Sequence[str] = ("m
         if not getattr(config, name):
             raise ValueError(f"{name}: missing; give --{name.replace('_', '-')}")
     return config
+
+
+def load(config: ModelSettings) -> tuple[Any, Any]:
+    """The model and the tokenizer of a run.
+
+    Raises:
+        ValueError: something is missing or broken; the message names it.
+    """
+    from .loading import load_model
+
+    return load_model(config.model, config.dtype, config.device)
+
+
+def options(config: ModelSettings, *left_out: str) -> dict[str, Any]:
+    """Settings by name as an evaluation's function takes them: without those of loading, and the ones named."""
+    return {
+        name: value
+        for name, value in asdict(config).items()
+        if name not in ("model", "out", "dtype", "device", *left_out)
+    }
 
 
 def keep(config: Any) -> None:

@@ -15,9 +15,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from .answering import accuracy_row
+from .conditions import evaluating, retained
 from .haystacks import key_words
-from .loading import model_identity, tokenizer_identity
-from .niah import _evaluating, _row, retention_budget
+from .loading import model_identity, system_name, tokenizer_identity
 from .reports import case_table, print_cases
 from .results import SampleLog, claim_folder, result, row, say, wilson, write_bytes, write_json
 from .streaming import cache_text, new_cache
@@ -119,8 +120,9 @@ def run_streameval(
         names: of the lines: `numbers` (1, 2, …) or `words` (adjective-noun, as in LongEval).
         batch_size: streams read side by side.
         chunk: tokens of each read at once.
-        cache, sinks, window, retention: see `streaming.new_cache`.
-        budget: retained tokens per KV head during the run; None: the model's own, and none with `stream`.
+        cache: see `streaming.new_cache`; `sinks` and `window` are those of `stream`.
+        budget, retention: retained tokens per KV head, and what chooses them; None: the model's own, none with
+            `stream`.
 
     Returns:
         The content of result.json: accuracy with its 95 % Wilson interval for each distance.
@@ -144,15 +146,17 @@ def run_streameval(
         "seed": seed,
         "cache": cache_text(cache, *rule),
         "budget": budget,
+        "retention": retention,
     }
     make_cache = lambda batch: new_cache(model, cache, batch, *rule)
     make_cache(1)
     out, rows, cells, answered = Path(out_dir), [], [], False
-    system = system or getattr(model.config, "model_type", None) or type(model).__name__
+    system = system or system_name(model)
+    own_rule = (None, None) if cache == "stream" else (budget, retention)  # a streaming cache retains by itself
     total = streams * sum(questions(lines, distance, every) for distance in distances)
     with (
-        retention_budget(model, None if cache == "stream" else budget),
-        _evaluating(model),
+        retained(model, *own_rule),
+        evaluating(model),
         tqdm(total=total, disable=not progress) as bar,
     ):
         claim_folder(out, settings, resume=resume)
@@ -190,7 +194,7 @@ def run_streameval(
 
 
 def _rows(records: list[dict[str, Any]], distance: int, system: str) -> list[dict[str, Any]]:
-    found = _row(records, f"streameval D{distance}", system)
+    found = accuracy_row(records, f"streameval D{distance}", system)
     if found is None:
         return []
     read = [record for record in records if record["score"] is not None]

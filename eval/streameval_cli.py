@@ -5,7 +5,17 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass, field
 
-from .settings import add_cache_arguments, add_run_arguments, describe, keep, numbers, resolve
+from .settings import (
+    CacheSettings,
+    add_cache_arguments,
+    add_run_arguments,
+    describe,
+    keep,
+    load,
+    numbers,
+    options,
+    resolve,
+)
 
 HELP = "an endless record of lines: does the model still know a line from before?"
 DESCRIPTION = """\
@@ -24,11 +34,9 @@ interrupted run with the streams that aren't finished.
 
 
 @dataclass
-class StreamevalConfig:
-    """Settings of a run; see `streameval.run_streameval` and `loading.load_model`."""
+class StreamevalConfig(CacheSettings):
+    """Settings of a run; see `streameval.run_streameval`."""
 
-    model: str | None = None
-    out: str | None = None
     distances: list[int] = field(default_factory=lambda: [20])
     lines: int = 1000
     every: int = 10
@@ -36,16 +44,7 @@ class StreamevalConfig:
     names: str = "numbers"
     seed: int = 0
     batch_size: int = 8
-    chunk: int = 256
-    cache: str = "auto"
-    sinks: int = 4
-    window: int = 1020
-    retention: str | None = None
-    budget: int | None = None
     system: str | None = None
-    dtype: str = "auto"
-    device: str = "auto"
-    resume: bool = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,29 +69,9 @@ def run_from_arguments(args: argparse.Namespace) -> int:
         ValueError: anything that the user can set right.
     """
     config = resolve(StreamevalConfig, args)
-    from .loading import load_model
     from .streameval import run_streameval
 
-    model, tokenizer = load_model(config.model, config.dtype, config.device)
-    content = run_streameval(
-        model,
-        tokenizer,
-        config.distances,
-        config.out,
-        lines=config.lines,
-        every=config.every,
-        streams=config.streams,
-        names=config.names,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        chunk=config.chunk,
-        cache=config.cache,
-        sinks=config.sinks,
-        window=config.window,
-        retention=config.retention,
-        budget=config.budget,
-        resume=config.resume,
-        system=config.system,
-    )
+    model, tokenizer = load(config)
+    content = run_streameval(model, tokenizer, config.distances, config.out, **options(config, "distances"))
     keep(config)
     return int(any(cell["errors"] for cell in content["cells"]))

@@ -106,8 +106,10 @@ def new_cache(
     """An empty cache of `batch` rows.
 
     Args:
-        kind: `auto`: the model's own, or a full one where it has none; `full`; `stream`: sinks and window, and with
-            a budget the tokens that the policy `retention` keeps (models.streaming).
+        kind: `auto`: the model's own, under the rule that the model has now, or a full one where it has none;
+            `full`; `stream`: sinks and window, and with a budget the tokens that the policy `retention` keeps
+            (models.streaming).
+        sinks, window, budget, retention: of `stream` only.
 
     Raises:
         ValueError: an unknown kind, or one that the model can't be read with.
@@ -115,8 +117,6 @@ def new_cache(
     if kind not in CACHES:
         raise ValueError(f"cache: {kind!r} is unknown; use one of {', '.join(CACHES)}")
     own = hasattr(model, "new_cache")
-    if own and retention is not None:
-        raise ValueError(f"retention: {type(model).__name__} has a rule of its own; leave it out")
     if own and kind != "auto":
         raise ValueError(f"cache: {type(model).__name__} has a cache of its own; use auto instead of {kind}")
     if own:
@@ -125,8 +125,9 @@ def new_cache(
         from models.streaming import stream
 
         return stream(model, sinks, window, budget or 0, retention)
-    if retention is not None:
-        raise ValueError(f"retention: {retention!r} fills a streaming cache only; give cache stream, or leave it out")
+    if retention is not None or budget is not None:
+        name = "budget" if retention is None else "retention"
+        raise ValueError(f"{name}: {type(model).__name__} retains tokens with cache stream only; leave {name} out")
     from transformers import DynamicCache
 
     return DynamicCache(config=model.config)

@@ -17,9 +17,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from .answering import accuracy_row
 from .choices import ANSWERS, Question, conversation
+from .conditions import evaluating, retained
 from .loading import model_identity, tokenizer_identity
-from .niah import _evaluating, _row, retention_budget
 from .reports import case_table
 from .results import SampleLog, claim_folder, result, row, say, write_bytes, write_json
 from .streaming import cache_text, new_cache
@@ -127,7 +128,7 @@ def run_streamqa(
         batch_size: streams read side by side.
         chunk: tokens of each read at once.
         sinks, window, budget, retention: of `streaming`; `window` has as many slots. For a model of this project
-            `budget` is its retained tokens per KV head.
+            `budget` and `retention` are its retained tokens per KV head and what chooses them; None: its own.
 
     Returns:
         The content of result.json: accuracy with its 95 % Wilson interval, and bytes of the cache, for each system.
@@ -158,14 +159,15 @@ def run_streamqa(
         "seed": seed,
         "systems": {name: text for name, (_, text) in caches.items()},
         "budget": budget,
+        "retention": retention,
     }
     write = conversation(tokenizer, answers, chat)
     write(questions[0], False)  # a template that doesn't work says so here
     out, rows, cells, answered = Path(out_dir), [], [], False
     claim_folder(out, settings, resume=resume)
     with (
-        retention_budget(model, budget if own else None),
-        _evaluating(model),
+        retained(model, *((budget, retention) if own else (None, None))),
+        evaluating(model),
         tqdm(total=len(questions) * len(systems), disable=not progress) as bar,
     ):
         for system in systems:
@@ -203,7 +205,7 @@ def run_streamqa(
 
 
 def _rows(records: list[dict[str, Any]], task: str, system: str) -> list[dict[str, Any]]:
-    found = _row(records, f"streamqa {task}", system)
+    found = accuracy_row(records, f"streamqa {task}", system)
     if found is None:
         return []
     largest = max(record["cache_bytes"] for record in records if record["score"] is not None)

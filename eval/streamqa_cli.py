@@ -5,7 +5,17 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
-from .settings import add_cache_arguments, add_run_arguments, describe, keep, names, resolve
+from .settings import (
+    StreamSettings,
+    add_cache_arguments,
+    add_run_arguments,
+    describe,
+    keep,
+    load,
+    names,
+    options,
+    resolve,
+)
 
 DESCRIPTION = """\
 Reads multiple-choice questions (ARC) one after the other in one stream, each followed by its right answer, and counts
@@ -25,11 +35,9 @@ config.yaml. The same command continues an interrupted run with the streams that
 
 
 @dataclass
-class StreamqaConfig:
-    """Settings of a run; see `streamqa.run_streamqa` and `loading.load_model`."""
+class StreamqaConfig(StreamSettings):
+    """Settings of a run; see `streamqa.run_streamqa`."""
 
-    model: str | None = None
-    out: str | None = None
     task: str = "arc_easy"
     data: str | None = None
     systems: list[str] | None = None
@@ -39,14 +47,6 @@ class StreamqaConfig:
     streams: int = 1
     seed: int = 0
     batch_size: int = 8
-    chunk: int = 256
-    sinks: int = 4
-    window: int = 1020
-    retention: str | None = None
-    budget: int | None = None
-    dtype: str = "auto"
-    device: str = "auto"
-    resume: bool = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,16 +76,12 @@ def run_from_arguments(args: argparse.Namespace) -> int:
     """
     config = resolve(StreamqaConfig, args)
     from .choices import read_questions
-    from .loading import load_model
     from .reports import print_cases
     from .streamqa import run_streamqa
 
     questions, source = read_questions(config.task, config.data)
-    model, tokenizer = load_model(config.model, config.dtype, config.device)
-    same = ("task", "systems", "samples", "answers", "chat", "streams", "seed", "batch_size", "chunk")
-    same += ("sinks", "window", "retention", "budget", "resume")
-    more = {name: getattr(config, name) for name in same}
-    content = run_streamqa(model, tokenizer, questions, config.out, source=source, **more)
+    model, tokenizer = load(config)
+    content = run_streamqa(model, tokenizer, questions, config.out, source=source, **options(config, "data"))
     keep(config)
     for system in content["config"]["systems"]:
         print_cases((row for row in content["rows"] if row["system"] == system), f"{system} [95 % interval]")

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .niah import _error_text
+from .answering import error_text
 from .results import SampleLog
 from .streaming import cache_bytes, read_chunk
 
@@ -108,7 +108,7 @@ class Stream:
 
     def failed(self, error: Exception) -> list[dict[str, Any]]:
         """Records that say why the stream's questions weren't answered."""
-        return [{"index": index, **self.fields, "score": None, "error": _error_text(error)} for index in self.indices]
+        return [{"index": index, **self.fields, "score": None, "error": error_text(error)} for index in self.indices]
 
 
 def read_streams(
@@ -172,7 +172,7 @@ def run_streams(
                 waiting[:0] = [[make] for make in batch]
                 continue
             if not answered and not waiting:
-                raise RuntimeError(f"no stream could be read: {_error_text(error)}") from error
+                raise RuntimeError(f"no stream could be read: {error_text(error)}") from error
             records = streams[0].failed(error)
         else:
             answered = True

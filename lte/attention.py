@@ -12,6 +12,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lte.layout import Layout, check_cu_seqlens
 from lte.visibility import lifetimes
@@ -31,6 +32,7 @@ def retained_attention(
     budget: int | None = None,
     cu_seqlens: Tensor | None = None,
     scale: float | None = None,
+    off_by_one: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Causal attention under the visibility rule (arXiv 2510.20787; sinks: arXiv 2309.17453).
@@ -48,6 +50,8 @@ def retained_attention(
         budget: most tokens retained at a time; None for no limit, as in training.
         cu_seqlens: [M + 1] integers, boundaries of M packed documents; then B is 1.
         scale: factor of the scores; D ** -0.5 by default.
+        off_by_one: add 1 to the softmax's denominator, as if every query also saw a key of score 0 and value 0 (the
+            "zero sink", arXiv 2309.17453 equation 2).
         backend: `reference` (PyTorch), `flex` (FlexAttention), `triton`, or `auto`: triton on CUDA, else reference.
 
     Returns:
@@ -72,7 +76,9 @@ def retained_attention(
     )
     if logits is not None:
         v = straight_through(v, logits)
-    return interval_attention(q, k, v, end_BTH, window=window, scale=scale, backend=backend, cu_seqlens=cu_seqlens)
+    return interval_attention(
+        q, k, v, end_BTH, window=window, scale=scale, off_by_one=off_by_one, backend=backend, cu_seqlens=cu_seqlens
+    )
 
 
 def interval_attention(
@@ -83,6 +89,7 @@ def interval_attention(
     *,
     window: int | None,
     scale: float | None = None,
+    off_by_one: bool = False,
     backend: str = "auto",
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
@@ -94,7 +101,7 @@ def interval_attention(
         end: [B, K, H] int32.
         window: schedule hint: which keys are dense; the result never depends on it.
         scale: factor of the scores; D ** -0.5 by default.
-        backend: as in `retained_attention`.
+        off_by_one, backend: as in `retained_attention`.
         cu_seqlens: schedule hint: no key is visible across these boundaries (as `end` says already).
 
     Returns:
@@ -110,18 +117,22 @@ def interval_attention(
         if q.shape[1] == 1 and _is_inference(q, k, v):
             from lte.kernels.decode_attention import decode_attention
 
-            out = decode_attention(q[:, 0], *(x.transpose(1, 2) for x in (k, v, end)), above=keys - 1, scale=scale)
+            slots = (x.transpose(1, 2) for x in (k, v, end))
+            out = decode_attention(q[:, 0], *slots, above=keys - 1, scale=scale, off_by_one=off_by_one)
             return out[:, None]
         from lte.kernels.attention import interval_attention as triton_attention
 
-        return triton_attention(q, k, v, end, window=keys if window is None else min(window, keys), scale=scale)
+        window = keys if window is None else min(window, keys)
+        return triton_attention(q, k, v, end, window=window, scale=scale, off_by_one=off_by_one)
     if backend == "flex":
-        return _flex(q, k, v, end, scale)
+        return _flex(q, k, v, end, scale, off_by_one)
     if cu_seqlens is None:
-        return _reference(q, k, v, end, scale)
+        return _reference(q, k, v, end, scale, off_by_one)
     bounds = cu_seqlens.tolist()
     pieces = [
-        _reference(q[:, a:b], k[:, a:b], v[:, a:b], end[:, a:b] - a, scale) for a, b in pairwise(bounds) if b > a
+        _reference(q[:, a:b], k[:, a:b], v[:, a:b], end[:, a:b] - a, scale, off_by_one)
+        for a, b in pairwise(bounds)
+        if b > a
     ]
     return torch.cat(pieces, 1)
 
@@ -140,8 +151,14 @@ class _StraightThrough(torch.autograd.Function):
         return v_BTHD.view_as(v_BTHD)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_BTHD: Tensor):
         v_BTHD, logits_BTH = ctx.saved_tensors
+        if all(x.is_cuda and x.dtype in KERNEL_DTYPES for x in (grad_BTHD, v_BTHD, logits_BTH)):
+            from lte.kernels.elementwise import straight_through_gradient
+
+            tensors = (x.contiguous() for x in (grad_BTHD, v_BTHD, logits_BTH))
+            return grad_BTHD, straight_through_gradient(*tensors)
         r_BTH = logits_BTH.to(torch.promote_types(logits_BTH.dtype, torch.float32)).sigmoid()
         # summed in at least float32: many small products of either sign
         through_BTH = torch.linalg.vecdot(grad_BTHD.to(r_BTH.dtype), v_BTHD.to(r_BTH.dtype))
@@ -161,7 +178,18 @@ def visible_pairs(end: Tensor, queries: int) -> Tensor:
     return (j_K <= i_Q1) & (i_Q1 < end.transpose(1, 2)[:, :, None, :])
 
 
-def _reference(q: Tensor, k: Tensor, v: Tensor, end: Tensor, scale: float) -> Tensor:
+def softmax_weights(score: Tensor, off_by_one: bool = False) -> Tensor:
+    """Softmax over the last dimension, of scores of which some are -inf; 0 where all are.
+
+    Args:
+        off_by_one: with 1 added to the denominator (arXiv 2309.17453, equation 2).
+    """
+    if off_by_one:
+        return F.pad(score, (0, 1)).softmax(-1)[..., :-1]
+    return score.softmax(-1).nan_to_num(0.0)
+
+
+def _reference(q: Tensor, k: Tensor, v: Tensor, end: Tensor, scale: float, off_by_one: bool) -> Tensor:
     """Masked attention in float32 (float64 stays), through torch's own scaled_dot_product_attention."""
     batch, queries, query_heads, _ = q.shape
     keys, heads = k.shape[1:3]
@@ -177,6 +205,9 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, end: Tensor, scale: float) -> Te
         x = x_BTHD.to(dtype).unflatten(2, (heads, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1)
         return x.expand(-1, group, -1, -1)
 
+    if off_by_one:
+        bias_BHQK = F.pad(bias_BHQK, (0, 1))
+        k, v = _with_zero_key(k), _with_zero_key(v)
     bias = bias_BHQK.flatten(0, 1)[:, None]
     out = F.scaled_dot_product_attention(per_group(q), per_group(k), per_group(v), attn_mask=bias, scale=scale)
     out_BQHGD = out.unflatten(0, (batch, heads)).permute(0, 3, 1, 2, 4)
@@ -186,7 +217,12 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, end: Tensor, scale: float) -> Te
     return out_BQHGD.masked_fill(empty_BQH[..., None, None], 0.0).flatten(2, 3).to(q.dtype)
 
 
-def _flex(q: Tensor, k: Tensor, v: Tensor, end: Tensor, scale: float) -> Tensor:
+def _with_zero_key(x_BKHD: Tensor) -> Tensor:
+    """One more key (or value), of zeros: it has score 0 for every query."""
+    return F.pad(x_BKHD, (0, 0, 0, 0, 0, 1))
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, end: Tensor, scale: float, off_by_one: bool) -> Tensor:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     batch, queries, query_heads, _ = q.shape
@@ -198,11 +234,17 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, end: Tensor, scale: float) -> Tensor:
         i = i + (keys - queries)
         return (j <= i) & (i < end_BHK[b, h // group, j])
 
+    def lives_or_zero(b, h, i, j):
+        return (j == keys) | lives(b, h, i, j)
+
+    total = keys
+    if off_by_one:
+        k, v, end_BHK, total = _with_zero_key(k), _with_zero_key(v), F.pad(end_BHK, (0, 1)), keys + 1
     if q.is_cuda:
         attend, build = torch.compile(flex_attention), torch.compile(create_block_mask)
     else:
         attend, build = flex_attention, create_block_mask
-    mask = build(lives, batch, query_heads, queries, keys, device=q.device)
+    mask = build(lives_or_zero if off_by_one else lives, batch, query_heads, queries, total, device=q.device)
     out = attend(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask=mask, scale=scale, enable_gqa=group > 1
     )
@@ -218,6 +260,7 @@ def in_cache_attention(
     positions: Tensor,
     frequencies: Tensor,
     scale: float | None = None,
+    off_by_one: bool = False,
     block: int = 64,
 ) -> Tensor:
     """Attention with rotary positions counted among the visible keys (arXiv 2309.17453, section 3.2).
@@ -231,6 +274,7 @@ def in_cache_attention(
         positions: [B, K, H] integers that order the keys.
         frequencies: [D / 2] float32 radians per place.
         scale: factor of the scores; D ** -0.5 by default.
+        off_by_one: as in `retained_attention`.
         block: queries taken at once; memory is block * K * D.
     """
     queries, query_heads, dim = q.shape[1:]
@@ -256,7 +300,7 @@ def in_cache_attention(
             q[:, first : first + block].to(dtype).unflatten(2, (heads, group)).permute(0, 2, 3, 1, 4)[..., None, :]
         ).chunk(2, -1)
         score = ((q1 * k1 + q2 * k2) * angle.cos() + (q1 * k2 - q2 * k1) * angle.sin()).sum(-1) * scale
-        weight = score.masked_fill(~mask[:, :, None], -torch.inf).softmax(-1).nan_to_num(0.0)
+        weight = softmax_weights(score.masked_fill(~mask[:, :, None], -torch.inf), off_by_one)
         out_BHGQD = weight @ v_BHKD[:, :, None]
         pieces.append(out_BHGQD.permute(0, 3, 1, 2, 4).flatten(2, 3))
     return torch.cat(pieces, 1).to(q.dtype)

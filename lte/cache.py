@@ -127,6 +127,14 @@ class RetainedCache:
                 self.step(k.transpose(1, 2), v.transpose(1, 2), logits)
             end_BSH = torch.where(self.positions >= 0, NEVER, 0).transpose(1, 2)
             return Span(self.k.transpose(1, 2), self.v.transpose(1, 2), end_BSH.int(), self.positions.transpose(1, 2))
+        if self.k.is_cuda:
+            from lte.kernels.evictions import MAX_BUDGET
+
+            if self.budget <= MAX_BUDGET:
+                from lte.kernels.cache_chunk import cache_chunk
+
+                parts = cache_chunk(self, k.transpose(1, 2), v.transpose(1, 2), logits, lengths)
+                return Span(*(x.transpose(1, 2) for x in parts))
         return self._chunk(k.transpose(1, 2), v.transpose(1, 2), logits, lengths)
 
     def step(

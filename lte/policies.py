@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lte.attention import softmax_weights
 from lte.cache import RetainedCache
 from lte.layout import Layout
 
@@ -161,6 +162,11 @@ POLICIES: dict[str, type[Policy]] = {
 }
 
 
+def policy_name(policy: Policy) -> str:
+    """The name under which a policy is chosen."""
+    return next(name for name, kind in POLICIES.items() if type(policy) is kind)
+
+
 def _ordered(number: Tensor) -> Tensor:
     """Positive float32 in the order of the integers 0 … 2,130,706,431: the bits of floats are ordered as they are."""
     return (number.clamp(0, _RANKS - 1) + _FIRST_NORMAL).to(torch.int32).view(torch.float32)
@@ -185,6 +191,7 @@ def observed_attention(
     *,
     frequencies: Tensor | None = None,
     scale: float | None = None,
+    off_by_one: bool = False,
 ) -> Tensor:
     """Take T new tokens into a cache, one after the other, under an observing policy.
 
@@ -194,7 +201,8 @@ def observed_attention(
     Args:
         q: [B, T, N, D]; k, v: [B, T, H, D], as they lie in the cache.
         lengths: [B] real tokens of each row, at its left; None: all T.
-        frequencies, scale: as in lte.attention.in_cache_attention; None: positions are in q and k already.
+        frequencies, scale, off_by_one: as in lte.attention.in_cache_attention; no frequencies: positions are in q
+            and k already.
 
     Returns:
         [B, T, N, D]; arbitrary where padding.
@@ -204,7 +212,7 @@ def observed_attention(
         token = slice(t, t + 1)
         real_B = None if lengths is None else lengths > t
         advance(cache, policy, k[:, token], v[:, token], real_B)
-        outputs.append(_read(cache, policy, q[:, token], real_B, frequencies, scale))
+        outputs.append(_read(cache, policy, q[:, token], real_B, frequencies, scale, off_by_one))
     return torch.cat(outputs, 1)
 
 
@@ -240,6 +248,7 @@ def _read(
     real_B: Tensor | None,
     frequencies: Tensor | None,
     scale: float | None,
+    off_by_one: bool,
 ) -> Tensor:
     """Attention of the newest tokens over the slots [B, 1, N, D]; the ranks change with it."""
     batch, _, query_heads, dim = q_B1ND.shape
@@ -251,7 +260,7 @@ def _read(
     q_BHGD = q_B1ND.to(dtype).view(batch, held_BHS.shape[1], -1, dim)
     score_BHGS = q_BHGD @ k_BHSD.mT * (dim**-0.5 if scale is None else scale)
     score_BHGS = score_BHGS.masked_fill(~held_BHS[:, :, None], -torch.inf)
-    weights_BHGS = score_BHGS.softmax(-1).nan_to_num(0.0)  # a row without tokens reads nothing
+    weights_BHGS = softmax_weights(score_BHGS, off_by_one)  # a row without tokens reads nothing
     note_weights(cache, policy, weights_BHGS, real_B)
     return (weights_BHGS @ v_BHSD).reshape(batch, 1, query_heads, dim).to(q_B1ND.dtype)
 
@@ -278,13 +287,14 @@ def observed_lifetimes(
     layout: Layout | None = None,
     frequencies: Tensor | None = None,
     scale: float | None = None,
+    off_by_one: bool = False,
 ) -> Tensor:
     """`lte.visibility.lifetimes` under an observing policy: decode every document in a cache, and see what is held.
 
     Args:
         q: [B, T, N, D]; k: [B, T, H, D], rotated where positions are rotary.
         window, sinks, budget: the rule, all finite.
-        frequencies, scale: as in `observed_attention`.
+        frequencies, scale, off_by_one: as in `observed_attention`.
 
     Returns:
         [B, T, H] int32; no gradient flows through the choice.
@@ -306,7 +316,7 @@ def observed_lifetimes(
         token = slice(t, t + 1)
         real_R = None if lengths is None else lengths > t
         advance(cache, policy, k[:, token], k[:, token], real_R)
-        _read(cache, policy, q[:, token], real_R, frequencies, scale)
+        _read(cache, policy, q[:, token], real_R, frequencies, scale, off_by_one)
         reads = cache.positions >= 0
         if real_R is not None:
             reads = reads & real_R[:, None, None]

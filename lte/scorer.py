@@ -196,9 +196,14 @@ class RetentionScorer(nn.Module):
         from lte.kernels.scorer import convolve
 
         z_BHTO = convolve(
-            joined_HBSC.transpose(0, 1), self.weights[layer], self.biases[layer], self.dilations[layer], length
+            joined_HBSC.transpose(0, 1),
+            self.weights[layer],
+            self.biases[layer],
+            self.dilations[layer],
+            length,
+            is_first=layer == 0,
         )
-        return F.silu(z_BHTO).transpose(0, 1)
+        return F.silu(z_BHTO).to(joined_HBSC.dtype).transpose(0, 1)
 
     def _logits(self, x_HBTC: Tensor) -> Tensor:
         # the last product in float32: the sign and the order of logits decide what is kept

@@ -99,12 +99,18 @@ def lifetimes(
     """First query index that no longer reads each key: [B, T, H] int32, `visible` in another form.
 
     Padding gets 0, and no key is visible past the end of its document. The cost is linear in T with a budget
-    (a running selection, `evictions`) and a few element-wise operations without.
+    (a running selection, `evictions`) and a few element-wise operations without. Logits on a CUDA device go to
+    kernels (lte/kernels/evictions.py), which don't wait for the device, unless the budget is larger than they hold.
     """
     check_rule(window, sinks, budget)
     layout = layout or Layout()
     device = torch.device(device)
     window = length if window is None else min(window, length)
+    if logits is not None and budget != 0 and logits.is_cuda:
+        from lte.kernels.evictions import MAX_BUDGET, retained_ends
+
+        if budget is None or budget <= MAX_BUDGET:
+            return retained_ends(logits, window=window, sinks=sinks, budget=budget, layout=layout)
     index_T = torch.arange(length, device=device)
     position_BT = layout.positions(batch, length, device)
     document_end_BT = layout.document_ends(batch, length, device)

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from lte.attention import in_cache_attention, interval_attention, straight_through
 from lte.cache import GrowingCache, RetainedCache
-from lte.policies import POLICIES, Arrivals, Policy, observed_attention, observed_lifetimes
+from lte.policies import POLICIES, Arrivals, Policy, observed_attention, observed_lifetimes, policy_name
 from lte.scorer import RetentionScorer, ScorerState, channels_of
 from lte.sparsity import RetentionStats, retention_stats
 from lte.visibility import lifetimes
 from models.config import HybridConfig
-from models.mixer import Context, MixerOutput
-from models.ops import rotate
+from models.mixer import Context, Mixer, MixerOutput
+from models.ops import linears, rotate
 from models.rotary import rotary_frequencies
 
 
@@ -43,6 +43,19 @@ class AttentionState:
     def bytes_per_token(self) -> int:
         return self.kv.bytes_per_token
 
+    @property
+    def rule(self) -> dict[str, str | int]:
+        """Slots by what they are for, and what fills the retained ones."""
+        if isinstance(self.kv, GrowingCache):
+            return {}
+        retention = policy_name(self.policy) if self.policy is not None else "lte" if self.scorer else "none"
+        return {
+            "retention": retention,
+            "budget": self.kv.budget,
+            "sinks": self.kv.sinks,
+            "window": self.kv.window,
+        }
+
     def reset(self) -> None:
         self.kv.reset()
         if self.scorer is not None:
@@ -66,7 +79,7 @@ def build_scorer(config: HybridConfig) -> RetentionScorer:
     )
 
 
-class RetainedAttention(nn.Module):
+class RetainedAttention(Mixer):
     """Grouped-query attention under the visibility rule (arXiv 2510.20787).
 
     Without a window it is full attention, without a budget sliding-window attention with sinks.
@@ -90,13 +103,21 @@ class RetainedAttention(nn.Module):
         self.retention = config.retention
         self.lookahead = config.lookahead if config.has_scorer else 0
         self.position_encoding, self.rope_theta = config.position_encoding, config.rope_theta
-        self.backend = config.attention_backend
+        self.backend, self.off_by_one = config.attention_backend, config.softmax_off_by_one
         self.q_proj = nn.Linear(config.hidden_size, self.heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
         self.scorer_sizes = tuple(config.scorer_kernel_sizes), tuple(config.scorer_dilations)
         self.scorer = build_scorer(config) if config.has_scorer and config.scorer_sharing != "layers" else None
+
+    def set_retention(self, retention: str) -> None:
+        """What fills the budget from now on."""
+        self.retention = retention
+
+    def set_budget(self, budget: int) -> None:
+        """Slots for retained tokens, enforced in evaluation and in caches allocated from now on."""
+        self.budget = budget
 
     @property
     def policy(self) -> Policy | None:
@@ -131,9 +152,8 @@ class RetainedAttention(nn.Module):
     def forward(self, x_BTC: Tensor, context: Context, state: AttentionState | None = None) -> MixerOutput:
         """Mix the tokens of x_BTC [B, T, C]; with a state, after the cached ones, updating it in place."""
         batch, length = x_BTC.shape[:2]
-        q = self.q_proj(x_BTC).view(batch, length, self.heads, self.head_dim)
-        k = self.k_proj(x_BTC).view(batch, length, self.kv_heads, self.head_dim)
-        v = self.v_proj(x_BTC).view(batch, length, self.kv_heads, self.head_dim)
+        projected = linears(x_BTC, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (x.view(batch, length, -1, self.head_dim) for x in projected)
         scorer = self.scorer if self.scorer is not None else context.shared_scorer
         if state is not None:
             out = self._cached(q, k, v, scorer, context, state)
@@ -192,7 +212,16 @@ class RetainedAttention(nn.Module):
         if context.rotary is not None:
             q, k = rotate(q, context.rotary), rotate(k, context.rotary)
         if state.policy is not None and state.policy.observes:
-            return observed_attention(kv, state.policy, q, k, v, context.lengths, frequencies=self._frequencies(q))
+            return observed_attention(
+                kv,
+                state.policy,
+                q,
+                k,
+                v,
+                context.lengths,
+                frequencies=self._frequencies(q),
+                off_by_one=self.off_by_one,
+            )
         span = kv.append(k, v, logits, context.lengths)
         return self._attend(q, span.k, span.v, span.end, span.positions, self.window, context, rotated=True)
 
@@ -209,6 +238,7 @@ class RetainedAttention(nn.Module):
             budget=self.budget,
             layout=context,
             frequencies=self._frequencies(q),
+            off_by_one=self.off_by_one,
         )
         positions_BTH = torch.arange(k.shape[1], device=k.device)[None, :, None].expand(end_BTH.shape)
         return self._attend(q, k, v, end_BTH, positions_BTH, self.window, replace(context, rotary=None))
@@ -221,9 +251,18 @@ class RetainedAttention(nn.Module):
 
     def _attend(self, q, k, v, end, positions, window, context: Context, rotated: bool = False) -> Tensor:
         if self.position_encoding == "rope_in_cache":
-            return in_cache_attention(q, k, v, end, positions=positions, frequencies=self._frequencies(q))
+            return in_cache_attention(
+                q, k, v, end, positions=positions, frequencies=self._frequencies(q), off_by_one=self.off_by_one
+            )
         if context.rotary is not None and not rotated:
             q, k = rotate(q, context.rotary), rotate(k, context.rotary)
         return interval_attention(
-            q, k, v, end, window=window, backend=self.backend, cu_seqlens=None if rotated else context.cu_seqlens
+            q,
+            k,
+            v,
+            end,
+            window=window,
+            off_by_one=self.off_by_one,
+            backend=self.backend,
+            cu_seqlens=None if rotated else context.cu_seqlens,
         )

@@ -5,6 +5,7 @@ Shapes: B batch.
 
 from __future__ import annotations
 
+import json
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -50,6 +51,14 @@ class HybridCache(Cache):
     def nbytes(self) -> int:
         """Bytes of all states."""
         return sum(state.nbytes for state in self.states)
+
+    @property
+    def rule(self) -> dict[str, str]:
+        """Rows, and the slots and the policy of the layers that evict; several values where layers differ."""
+        rules = [state.rule for state in self.states if state.rule]
+        names = rules[0] if rules else {}
+        shared = {name: ", ".join(dict.fromkeys(str(rule[name]) for rule in rules)) for name in names}
+        return {"batch": str(self.batch), **shared}
 
     def __len__(self) -> int:
         return len(self.states)
@@ -108,13 +117,13 @@ class HybridCache(Cache):
         """Write the cache to a safetensors file, whole or not at all.
 
         Args:
-            metadata: strings to keep with it (a model's fingerprint, say).
+            metadata: strings to keep with it (a model's fingerprint, say), beside the rule and the columns.
 
         Raises:
             OSError: it couldn't be written; a file that was there before is whole.
         """
         tensors = {name: x.contiguous() for name, x in self.tensors().items()}
-        extra = {"columns": str(self.columns), **(metadata or {})}
+        extra = {"columns": str(self.columns), "rule": json.dumps(self.rule), **(metadata or {})}
         with atomic_path(Path(path)) as temporary:
             try:
                 save_file(tensors, temporary, metadata=extra)
@@ -131,7 +140,7 @@ class HybridCache(Cache):
             The file's metadata.
 
         Raises:
-            ValueError: not such a file, other metadata, or tensors that don't fit this cache.
+            ValueError: not such a file, other metadata, another rule, or tensors that don't fit this cache.
         """
         try:
             with safe_open(str(path), framework="pt") as file:
@@ -145,7 +154,9 @@ class HybridCache(Cache):
                     f"{path} belongs to another model ({key} is {metadata.get(key)!r}, this model's is {value!r}); "
                     "use the model that wrote it, or another file"
                 )
-        if "columns" not in metadata or self.tensors().keys() != loaded.keys():
+        if "rule" in metadata:
+            _refuse_another_rule(path, json.loads(metadata["rule"]), self.rule)
+        if not {"columns", "rule"} <= metadata.keys() or self.tensors().keys() != loaded.keys():
             raise ValueError(f"{path} is not a session of this model: it holds other tensors; start a new one")
         self._grow_to(loaded)
         own = self.tensors()
@@ -170,6 +181,15 @@ class HybridCache(Cache):
             if x.shape != saved.shape and x[:, :, :0].shape == saved[:, :, :0].shape:
                 owner = reduce(getattr, path, self.states[int(layer)])
                 setattr(owner, last, x.new_zeros(saved.shape))
+
+
+def _refuse_another_rule(path: Path | str, saved: dict[str, str], own: dict[str, str]) -> None:
+    """Raises ValueError naming what differs. Caches of other kinds of layers are told apart by their tensors."""
+    if saved.keys() != own.keys() or saved == own:
+        return
+    names = [name for name in own if saved[name] != own[name]]
+    there, here = (", ".join(f"{name}={rule[name]}" for name in names) for rule in (saved, own))
+    raise ValueError(f"{path} was written with {there}, this cache has {here}; use {there}, or another file")
 
 
 def _collect(value: object, prefix: str, found: dict[str, Tensor]) -> None:

@@ -21,6 +21,7 @@ from lte.scorer import check_sizes, lookahead_of
 LAYER_TYPES = ("gated_deltanet", "attention", "nsa")
 POSITION_ENCODINGS = ("rope", "rope_in_cache", "none")
 RETENTIONS = ("none", "lte", *POLICIES)
+SINK_TOKENS = ("none", "learnable")
 SCORER_SHARING = ("none", "heads", "layers")
 ATTENTION_BACKENDS = ("auto", "reference", "flex", "triton")
 
@@ -47,6 +48,9 @@ class HybridConfig(PreTrainedConfig):
         position_encoding: `rope` (text positions), `rope_in_cache` (places among the visible tokens,
             arXiv 2309.17453), `none`.
         rope_theta: base of the rotary embedding.
+        sink_token: `none`, or `learnable`: one learned embedding in front of every document, the first of its sinks
+            (arXiv 2309.17453, section 3.3).
+        softmax_off_by_one: add 1 to the denominator of the attention layers' softmax (the same, equation 2).
         scorer_kernel_sizes, scorer_dilations, scorer_dropout: the scorer's convolutions.
         scorer_sharing: `none` (one stack a KV head), `heads` (one a layer) or `layers` (one for the whole model).
         scorer_lr_scale: factor of the scorer's learning rate.
@@ -60,7 +64,8 @@ class HybridConfig(PreTrainedConfig):
         tie_word_embeddings: whether the output layer is the embedding.
         max_position_embeddings: length trained on; the target density is budget / (this - window). Nothing in the
             model limits the length of a text.
-        prefill_chunk: tokens of a prompt taken at once when there is a cache.
+        prefill_chunk: tokens of a prompt that each row takes at once when there is a cache; null: 8192 shared by the
+            rows (at least 1024 each) on CUDA, 2048 elsewhere.
         attention_backend: `auto`, `reference`, `flex` or `triton` (lte/attention.py).
 
     Raises:
@@ -84,6 +89,8 @@ class HybridConfig(PreTrainedConfig):
     retention: str = "lte"
     position_encoding: str = "rope"
     rope_theta: float = 10000.0
+    sink_token: str = "none"
+    softmax_off_by_one: bool = False
     scorer_kernel_sizes: list[int] | tuple[int, ...] = (3, 3, 3)
     scorer_dilations: list[int] | tuple[int, ...] = (2, 2, 2)
     scorer_dropout: float = 0.1
@@ -107,7 +114,7 @@ class HybridConfig(PreTrainedConfig):
     initializer_range: float = 0.006
     tie_word_embeddings: bool = True
     max_position_embeddings: int = 4096
-    prefill_chunk: int = 2048
+    prefill_chunk: int | None = None
     attention_backend: str = "auto"
     use_cache: bool = True
     pad_token_id: int | None = None
@@ -180,10 +187,13 @@ class HybridConfig(PreTrainedConfig):
                     raise ValueError(f"{name}={getattr(self, name)} must be at least {low}")
 
         one_of("position_encoding", POSITION_ENCODINGS)
+        one_of("sink_token", SINK_TOKENS)
         one_of("scorer_sharing", SCORER_SHARING)
         one_of("attention_backend", ATTENTION_BACKENDS)
         at_least(1, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        at_least(1, "num_key_value_heads", "head_dim", "gdn_num_heads", "gdn_head_dim", "prefill_chunk")
+        at_least(1, "num_key_value_heads", "head_dim", "gdn_num_heads", "gdn_head_dim")
+        if self.prefill_chunk is not None:
+            at_least(1, "prefill_chunk")
         at_least(1, "max_position_embeddings", "penalty_interval")
         at_least(0, "sinks", "budget", "keep_all_steps", "penalty_min", "scorer_lr_scale", "initializer_range")
         at_least(2, "gdn_conv_size")
@@ -212,6 +222,13 @@ class HybridConfig(PreTrainedConfig):
             )
         if self.window is not None and self.window < 1:
             raise ValueError(f"window={self.window} must be at least 1 (the query's own key), or null for no limit")
+        windowed = "attention" in self.layer_types and self.window is not None
+        if self.sink_token == "learnable" and windowed and not self.sinks:
+            raise ValueError("sinks=0 would evict the learned sink token; set sinks to at least 1")
+        if self.softmax_off_by_one and "nsa" in self.layer_types:
+            raise ValueError(
+                "softmax_off_by_one=true is not defined for nsa layers; leave it out, or use attention layers"
+            )
         if not float(self.gdn_head_dim * self.gdn_expand_v).is_integer() or self.gdn_expand_v <= 0:
             raise ValueError(
                 f"gdn_expand_v={self.gdn_expand_v} times gdn_head_dim={self.gdn_head_dim} must be a positive whole "

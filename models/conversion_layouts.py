@@ -302,6 +302,7 @@ def write_config(config: HybridConfig, kind: str) -> dict[str, Any]:
 def _check_expressible(config: HybridConfig, kind: str) -> None:
     kinds = set(config.layer_types)
     wanted = {"position_encoding": "rope"} if kinds & {"attention", "nsa"} else {}
+    wanted |= {"sink_token": "none", "softmax_off_by_one": False}
     if "attention" in kinds:
         wanted["head_dim"] = config.hidden_size // config.num_attention_heads
         if not config.has_scorer:

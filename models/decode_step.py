@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from lte.cache import RetainedCache
 from models.attention import AttentionState, RetainedAttention
+from models.blocks import Block
 from models.cache import HybridCache
 from models.gated_deltanet import GatedDeltaNet, GatedDeltaNetState
 from models.mixer import Context
-from models.modeling import Block, HybridForCausalLM
+from models.modeling import HybridForCausalLM
 from models.rotary import rotary_frequencies
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -43,6 +44,8 @@ def unsupported(model: HybridForCausalLM, cache: HybridCache) -> str | None:
     weight = model.model.embed_tokens.weight
     if weight.dtype not in DTYPES:
         return f"the model is in {weight.dtype}"
+    if model.model.sink_token is not None and not cache.columns:
+        return "the sink token has yet to be read; give the cache a prompt first"
     for index, (layer, state) in enumerate(zip(model.model.layers, cache.states, strict=True)):
         reason = _unsupported_layer(layer, state)
         if reason is not None:
@@ -244,6 +247,14 @@ class DecodeStep:
             overlap=overlap,
         )
         out = decode_attention(
-            q, kv.k, kv.v, kv.positions, rotary=angles, counter=counter, seen_B=kv.seen, overlap=overlap
+            q,
+            kv.k,
+            kv.v,
+            kv.positions,
+            off_by_one=mixer.off_by_one,
+            rotary=angles,
+            counter=counter,
+            seen_B=kv.seen,
+            overlap=overlap,
         )
         return linear_add(out.flatten(1), mixer.o_proj.weight, x_BC, overlap=overlap)

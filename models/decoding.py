@@ -89,7 +89,9 @@ class GraphedDecoder:
             self.token = torch.zeros(cache.batch, 1, dtype=torch.int64, device=device)
             self.ended = torch.zeros(cache.batch, dtype=torch.bool, device=device)
         self.logits: Tensor | None = None
-        self._replay = self._capture(DecodeStep(model, cache, overlap))
+        step = DecodeStep(model, cache, overlap)
+        self._frequencies = step.frequencies  # the graph reads them; the step itself would keep the cache alive
+        self._replay = self._capture(step)
         self._addresses = addresses(model, cache)
 
     @property
@@ -197,7 +199,7 @@ def _kind(model: HybridForCausalLM, rows: int) -> tuple:
     """What a kept cache must agree in."""
     weight = model.model.embed_tokens.weight
     mixers = [layer.mixer for layer in model.model.layers]
-    rules = tuple((getattr(mixer, "budget", None), getattr(mixer, "retention", None)) for mixer in mixers)
+    rules = tuple((mixer.budget, mixer.retention) for mixer in mixers)
     return rows, weight.dtype, weight.device, rules, torch.is_inference_mode_enabled()
 
 

@@ -1,4 +1,4 @@
-"""Launches of flash-linear-attention's element-wise kernels: norm, SwiGLU, rotary embedding, on CUDA.
+"""Launches of flash-linear-attention's kernels of norm and rotary embedding, on CUDA.
 
 The kernels rather than the library's wrappers: those would tune each over up to 30 configurations at its first call,
 take cos and sin only in the dtype of what is rotated, and return a norm in its input's dtype even where the next
@@ -15,10 +15,8 @@ from torch import Tensor
 from models.fla_adapter import bare_kernel
 
 NORM = "fla.modules.norm.layernorm"
-ACTIVATIONS = "fla.modules.activations.ops"
 ROTARY = "fla.modules.rotary.ops"
 MAX_ROTARY_DIM = 256
-ELEMENTS = 1024  # of a program of SwiGLU
 TOKENS = 64  # of a program of the rotary embedding
 
 
@@ -111,53 +109,6 @@ def rms_norm_backward(
             num_warps=_warps(size),
         )
     return out_MC, grad_weight_PC.sum(0).to(weight_C.dtype)
-
-
-def swiglu_forward(gate_MC: Tensor, up_MC: Tensor) -> Tensor:
-    """silu(gate) * up [M, C], computed in float32; both contiguous."""
-    out_MC = torch.empty_like(gate_MC)
-    count, size = gate_MC.numel(), gate_MC.shape[-1]
-    with torch.cuda.device_of(gate_MC):
-        bare_kernel(ACTIVATIONS, "swiglu_fwd_kernel")[(-(-count // ELEMENTS),)](
-            x=gate_MC,
-            y=up_MC,
-            z=out_MC,
-            stride_x_row=size,
-            stride_y_row=size,
-            stride_z_row=size,
-            T=count,
-            D=size,
-            B=ELEMENTS,
-            num_warps=4,
-        )
-    return out_MC
-
-
-def swiglu_backward(grad_MC: Tensor, gate_MC: Tensor, up_MC: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of gate and up [M, C]; all contiguous."""
-    grad_gate_MC, grad_up_MC = torch.empty_like(gate_MC), torch.empty_like(up_MC)
-    count, size = gate_MC.numel(), gate_MC.shape[-1]
-    with torch.cuda.device_of(gate_MC):
-        bare_kernel(ACTIVATIONS, "swiglu_fwdbwd_kernel")[(-(-count // ELEMENTS),)](
-            x=gate_MC,
-            y=up_MC,
-            g=grad_MC,
-            dx=grad_gate_MC,
-            dy=grad_up_MC,
-            z=None,
-            stride_x_row=size,
-            stride_y_row=size,
-            stride_g_row=size,
-            stride_dx_row=size,
-            stride_dy_row=size,
-            stride_z_row=0,
-            T=count,
-            D=size,
-            B=ELEMENTS,
-            HAS_WEIGHT=False,
-            num_warps=4,
-        )
-    return grad_gate_MC, grad_up_MC
 
 
 def rotary(x_MHD: Tensor, cos_MR: Tensor, sin_MR: Tensor, inverse: bool) -> Tensor:

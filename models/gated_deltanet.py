@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from lte.layout import Layout
 from models import delta_rule, fla_adapter
-from models.mixer import MixerOutput
+from models.mixer import Mixer, MixerOutput
+from models.ops import linears
 
 # arXiv 2405.21060 (Mamba-2): decay rates are drawn from (0, 16), time steps from [0.001, 0.1]
 _MAX_RATE = 16.0
@@ -70,6 +71,11 @@ class GatedDeltaNetState:
     def bytes_per_token(self) -> int:
         """Growth with every token: none."""
         return 0
+
+    @property
+    def rule(self) -> dict[str, str | int]:
+        """Empty: there are no slots."""
+        return {}
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -127,7 +133,7 @@ class GatedRMSNorm(nn.Module):
         return (normed * weight * F.silu(gate)).to(x_BTHV.dtype)
 
 
-class GatedDeltaNet(nn.Module):
+class GatedDeltaNet(Mixer):
     """Gated DeltaNet mixer (arXiv 2412.06464).
 
     Args:
@@ -196,6 +202,10 @@ class GatedDeltaNet(nn.Module):
             conv.reset_parameters()
         self.o_norm.weight.fill_(1)
 
+    def set_retention(self, retention: str) -> None:
+        """Report writes for the policy that ranks by them."""
+        self.reports_writes = retention == "delta_error"
+
     def allocate_state(
         self, batch: int, dtype: torch.dtype, device: torch.device | str | None = None
     ) -> GatedDeltaNetState:
@@ -230,14 +240,18 @@ class GatedDeltaNet(nn.Module):
         if self.reports_writes:
             shape = (*x_BTC.shape[:2], self.num_heads)
             writes_BTH = torch.empty(shape, dtype=torch.float32, device=x_BTC.device)
-        if self._is_step(x_BTC, layout, state):
-            o_BTHV = self._step(x_BTC, state, writes_BTH)
+        is_step = self._is_step(x_BTC, layout, state)
+        padding_BT1 = None if is_step else _padding(x_BTC, layout)
+        if padding_BT1 is not None:
+            x_BTC = x_BTC.masked_fill(padding_BT1, 0)
+        *inputs, gate_BTC = linears(
+            x_BTC, self.q_proj, self.k_proj, self.v_proj, self.a_proj, self.b_proj, self.g_proj
+        )
+        if is_step:
+            o_BTHV = self._step(*inputs, state, writes_BTH)
         else:
-            padding_BT1 = _padding(x_BTC, layout)
-            if padding_BT1 is not None:
-                x_BTC = x_BTC.masked_fill(padding_BT1, 0)
-            o_BTHV = self._parallel(x_BTC, padding_BT1, layout, state, writes_BTH)
-        gate_BTHV = self.g_proj(x_BTC).unflatten(-1, (self.num_heads, self.value_dim))
+            o_BTHV = self._parallel(*inputs, padding_BT1, layout, state, writes_BTH)
+        gate_BTHV = gate_BTC.unflatten(-1, (self.num_heads, self.value_dim))
         return MixerOutput(self.o_proj(self.o_norm(o_BTHV, gate_BTHV).flatten(2)), writes=writes_BTH)
 
     @staticmethod
@@ -246,18 +260,21 @@ class GatedDeltaNet(nn.Module):
 
     def _parallel(
         self,
-        x_BTC: Tensor,
+        q_BTC: Tensor,
+        k_BTC: Tensor,
+        v_BTC: Tensor,
+        a_BTH: Tensor,
+        b_BTH: Tensor,
         padding_BT1: Tensor | None,
         layout: Layout,
         state: GatedDeltaNetState | None,
         writes_BTH: Tensor | None,
     ) -> Tensor:
-        """All tokens at once [B, T, H, V]."""
+        """All tokens at once [B, T, H, V], from the projections of their inputs."""
         states = (None, None, None) if state is None else state.conv_BCL.split(self._channels(), dim=1)
-        q = self.q_conv1d(self.q_proj(x_BTC), layout, states[0])
-        k = self.k_conv1d(self.k_proj(x_BTC), layout, states[1])
-        v = self.v_conv1d(self.v_proj(x_BTC), layout, states[2])
-        a_BTH, b_BTH = self.a_proj(x_BTC), self.b_proj(x_BTC)
+        q = self.q_conv1d(q_BTC, layout, states[0])
+        k = self.k_conv1d(k_BTC, layout, states[1])
+        v = self.v_conv1d(v_BTC, layout, states[2])
         if padding_BT1 is not None:
             a_BTH, b_BTH = (t.masked_fill(padding_BT1, _PADDING_LOGIT) for t in (a_BTH, b_BTH))
         # a copy, since the backward pass may need what is overwritten below
@@ -305,15 +322,22 @@ class GatedDeltaNet(nn.Module):
             writes=writes_BTH,
         )
 
-    def _step(self, x_B1C: Tensor, state: GatedDeltaNetState, writes_B1H: Tensor | None = None) -> Tensor:
-        """One token a row [B, 1, H, V]."""
-        x_BC = x_B1C[:, 0]
-        inputs_BC = torch.cat([self.q_proj(x_BC), self.k_proj(x_BC), self.v_proj(x_BC)], dim=-1)
+    def _step(
+        self,
+        q_B1C: Tensor,
+        k_B1C: Tensor,
+        v_B1C: Tensor,
+        a_B1H: Tensor,
+        b_B1H: Tensor,
+        state: GatedDeltaNetState,
+        writes_B1H: Tensor | None = None,
+    ) -> Tensor:
+        """One token a row [B, 1, H, V], from the projections of its input."""
+        inputs_BC = torch.cat([q_B1C, k_B1C, v_B1C], dim=-1)[:, 0]
         weight_CW = torch.cat([c.weight for c in (self.q_conv1d, self.k_conv1d, self.v_conv1d)]).squeeze(1)
         qkv_BC = delta_rule.step_causal_conv1d(inputs_BC, weight_CW, state.conv_BCL)
         q, k, v = self._heads(*qkv_BC[:, None].split(self._channels(), dim=-1))
-        a_B1H, b_B1H = self.a_proj(x_B1C), self.b_proj(x_B1C)
-        if x_B1C.is_cuda and writes_B1H is None:
+        if q_B1C.is_cuda and writes_B1H is None:
             return fla_adapter.gated_delta_rule_step(
                 q, k, v, a_B1H, b_B1H, self.A_log, self.dt_bias, state.recurrent_BHKV
             )

@@ -71,7 +71,7 @@ def sample(logits_BV: Tensor, sampling: Sampling = GREEDY, generator: torch.Gene
 def prefill(
     model: HybridForCausalLM, input_ids: Tensor, cache: HybridCache, attention_mask: Tensor | None = None
 ) -> Tensor:
-    """Read a prompt [B, T] into the cache, in chunks of `config.prefill_chunk`.
+    """Read a prompt [B, T] into the cache, in chunks (`config.prefill_chunk`).
 
     Args:
         cache: of B rows, empty or of a text that the prompt continues.

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
 from models.cache import cache_bytes
 from models.config import HybridConfig
+from models.costs import costs
 from models.modeling import HybridForCausalLM
 
 MIXERS = {
@@ -84,8 +86,15 @@ def _parts(model: HybridForCausalLM) -> Iterator[tuple[str, int]]:
         yield part, parameter.numel()
 
 
-def render(config: HybridConfig, batch: int, dtype: torch.dtype) -> str:
-    """The sizes and rules of a model as text for a terminal."""
+def as_json(config: HybridConfig, batch: int, dtype: torch.dtype, length: int | None = None) -> str:
+    """`describe` and `models.costs.costs` as a JSON object, for programs."""
+    content = asdict(describe(config, batch, dtype))
+    more = {"batch": batch, "dtype": str(dtype).removeprefix("torch."), "rules": dict(_rules(config))}
+    return json.dumps({**content, **more, "costs": asdict(costs(config, length, dtype))}, indent=2)
+
+
+def render(config: HybridConfig, batch: int, dtype: torch.dtype, length: int | None = None) -> str:
+    """The sizes, rules and costs of a model as text for a terminal; `length` as in `models.costs.costs`."""
     info = describe(config, batch, dtype)
     lines = [_line("parameters", f"{info.total:>15,}")]
     for part, count in info.parameters.items():
@@ -102,11 +111,38 @@ def render(config: HybridConfig, batch: int, dtype: torch.dtype) -> str:
     else:
         text += ", the same at any length"
     lines.append(_line("cache", text))
+    token = costs(config, length, dtype)
+    lines.append(
+        _line(
+            "a new token",
+            f"{_short(token.step_operations)} operations, {_short(token.step_bytes)}B to read, after "
+            f"{token.length:,} tokens of one sequence",
+        )
+    )
+    text = f"{_short(token.training_operations)} operations forward, in rows of {token.length:,} tokens"
+    lines.append(_line("a token of training", text))
     return "\n".join(lines)
 
 
 def _line(label: str, text: str) -> str:
     return f"{label:<26}{text}"
+
+
+def _short(number: int) -> str:
+    """Three digits that count, with a letter for thousands."""
+    for power, letter in ((12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if number >= 10**power:
+            return f"{number / 10**power:.3g} {letter}"
+    return f"{number} "
+
+
+def _retention(config: HybridConfig) -> str:
+    """What fills the slots for retained tokens."""
+    if config.window is None:
+        return "none: nothing is evicted"
+    if config.has_scorer:
+        return f"lte (trained scorer), lookahead {config.lookahead}, shared over: {config.scorer_sharing}"
+    return config.retention if config.retention == "none" else f"{config.retention} (needs no training)"
 
 
 def _rules(config: HybridConfig) -> Iterator[tuple[str, str]]:
@@ -128,8 +164,7 @@ def _rules(config: HybridConfig) -> Iterator[tuple[str, str]]:
                 "visible keys",
                 f"{config.sinks} sinks + {config.budget} retained + window of {config.window} = {slots} a KV head",
             )
-    if config.has_scorer:
-        yield "retention scorer", f"lookahead {config.lookahead}, shared over: {config.scorer_sharing}"
+        yield "retention", _retention(config)
     if "nsa" in config.layer_types:
         yield (
             MIXERS["nsa"],

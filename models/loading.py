@@ -1,18 +1,20 @@
-"""Loads a saved model and its tokenizer, refusing what is missing, broken or foreign, and names a model's weights."""
+"""Loads a saved model and its tokenizer, refusing what is missing or broken, and names a model's weights."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from models.config import HybridConfig, load_config
 from models.modeling import HybridForCausalLM
 
+M = TypeVar("M", bound=PreTrainedModel)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # fields of a config that don't change what a model computes, but for rounding
@@ -65,16 +67,75 @@ def load(
     return model, load_tokenizer(folder, model.config.vocab_size)
 
 
+def load_any(
+    folder: str | Path, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """As `load`, for any causal model of transformers: baselines, and models to stream with.
+
+    Args:
+        folder: as for `load`; or a file *.gguf, which holds both. Its weights are taken to float32 unless `dtype`
+            says otherwise.
+
+    Raises:
+        ValueError: something is missing, truncated or doesn't belong together; the message names it.
+    """
+    folder = Path(folder).expanduser()
+    if folder.suffix == ".gguf":
+        return _from_gguf(folder, pick_device(device), pick_dtype(dtype))
+    _check_folder(folder)
+    try:
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{folder / 'config.json'} can't be read ({error}); copy the folder again") from error
+    if kind == HybridConfig.model_type:
+        return load(folder, device, dtype)
+    target, dtype = pick_device(device), pick_dtype(dtype)
+    _check_weights(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # of many kinds
+        raise ValueError(f"{folder}: its config.json can't be used ({error}); is transformers new enough?") from error
+    tokenizer = load_tokenizer(folder, config.get_text_config().vocab_size)
+    return _from_pretrained(AutoModelForCausalLM, folder, config, dtype).to(target).eval(), tokenizer
+
+
+def _from_gguf(
+    path: Path, device: torch.device, dtype: str | torch.dtype
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if not path.is_file():
+        raise ValueError(f"{path} is no file; give a GGUF file, or the folder of a trained model")
+    where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name, "local_files_only": True}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+    except ImportError as error:
+        raise ValueError(f"{path} needs the packages gguf and accelerate ({error}); install them") from error
+    except Exception as error:  # of many kinds
+        raise ValueError(f"{path} can't be loaded ({error}); is the copy complete?") from error
+    _check_vocabulary(tokenizer, path, model.config.get_text_config().vocab_size)
+    return model.to(device).eval(), tokenizer
+
+
 def load_model(
     folder: str | Path, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto"
 ) -> HybridForCausalLM:
     """The model of `load`; weights are read from safetensors only, never from pickle."""
     folder = Path(folder).expanduser()
     target, dtype = pick_device(device), pick_dtype(dtype)
-    config = _read_config(folder)
+    _check_folder(folder)
+    config = load_config(folder)
     _check_weights(folder)
+    return _from_pretrained(HybridForCausalLM, folder, config, dtype).to(target).eval()
+
+
+def _from_pretrained(kind: type[M], folder: Path, config: Any, dtype: str | torch.dtype) -> M:
+    """The model with every tensor of the folder in its place.
+
+    Raises:
+        ValueError: tensors are missing, left over or of another shape, or they can't be read.
+    """
     try:
-        model, report = HybridForCausalLM.from_pretrained(
+        model, report = kind.from_pretrained(
             folder,
             config=config,
             dtype=dtype,
@@ -96,7 +157,7 @@ def load_model(
                 f"the weights in {folder} don't fit its config.json: {len(found)} {words} ({names}); use the "
                 "config.json that was saved with them"
             )
-    return model.to(target).eval()
+    return model
 
 
 def load_tokenizer(folder: str | Path, vocab_size: int) -> PreTrainedTokenizerBase:
@@ -112,12 +173,16 @@ def load_tokenizer(folder: str | Path, vocab_size: int) -> PreTrainedTokenizerBa
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the library raises many kinds, some of them bare Exceptions
         raise ValueError(f"the tokenizer in {folder} can't be read ({error}); save it anew") from error
+    _check_vocabulary(tokenizer, folder, vocab_size)
+    return tokenizer
+
+
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, place: Path, vocab_size: int) -> None:
     if len(tokenizer) > vocab_size:
         raise ValueError(
-            f"the tokenizer in {folder} has {len(tokenizer)} entries, the model's vocab_size is {vocab_size}; use "
+            f"the tokenizer in {place} has {len(tokenizer)} entries, the model's vocab_size is {vocab_size}; use "
             "the tokenizer that the model was trained with"
         )
-    return tokenizer
 
 
 def fingerprint(model: HybridForCausalLM) -> str:
@@ -137,12 +202,11 @@ def fingerprint(model: HybridForCausalLM) -> str:
     return digest.hexdigest()
 
 
-def _read_config(folder: Path) -> HybridConfig:
+def _check_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder; give the folder of a trained model")
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json; give a folder that save_pretrained or a training wrote")
-    return load_config(folder)
 
 
 def _check_weights(folder: Path) -> None:

@@ -1,14 +1,16 @@
-"""What every mixer (Gated DeltaNet, attention, NSA) takes and returns, so that a block never asks which it holds.
+"""What every mixer (Gated DeltaNet, attention, NSA) is, takes and returns, so that nobody asks which it is.
 
 Shapes: B batch, T tokens, C hidden size.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from lte.layout import Layout
 from lte.scorer import RetentionScorer
@@ -59,6 +61,36 @@ class MixerState(Protocol):
     def bytes_per_token(self) -> int:
         """Bytes that every further token of a row takes; 0 where the size is fixed."""
 
+    @property
+    def rule(self) -> dict[str, str | int]:
+        """What its slots are for, by name: sinks, window, budget, retention; empty where nothing is evicted."""
+
     def reset(self) -> None: ...
 
     def reorder(self, index: Tensor) -> None: ...
+
+
+class Mixer(nn.Module, ABC):
+    """A layer that mixes tokens.
+
+    Attributes:
+        retention: what fills the slots for retained tokens; `none` in a mixer that has no such slots.
+        budget: number of these slots.
+    """
+
+    retention = "none"
+    budget = 0
+
+    def set_retention(self, retention: str) -> None:
+        """Prepare for a policy (`HybridForCausalLM.set_retention` has checked it)."""
+
+    def set_budget(self, budget: int) -> None:
+        """Slots for retained tokens from now on, where there are any."""
+
+    @abstractmethod
+    def allocate_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> MixerState:
+        """An empty cache of `batch` rows, in this dtype and on this device."""
+
+    @abstractmethod
+    def forward(self, x_BTC: Tensor, context: Context, state: MixerState | None = None) -> MixerOutput:
+        """Mix the tokens of x_BTC [B, T, C]; with a state, after the cached ones, updating it in place."""

@@ -1,6 +1,6 @@
-"""The hybrid language model: blocks of a mixer and a SwiGLU MLP, as a transformers model.
+"""The hybrid language model as a transformers model: blocks (models/blocks.py) between embedding and output layer.
 
-Shapes: B batch, T tokens, C hidden size, V vocabulary, L attention layers with a scorer, N documents.
+Shapes: B batch, T tokens, C hidden size, V vocabulary, N documents.
 """
 
 from __future__ import annotations
@@ -9,25 +9,25 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.generation import GenerationMode
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from lte.layout import check_cu_seqlens
 from lte.scorer import RetentionScorer
 from lte.sparsity import PenaltyControl, RetentionStats
-from models.attention import RetainedAttention, build_scorer
+from models.attention import build_scorer
+from models.blocks import Block
 from models.cache import HybridCache
 from models.config import HybridConfig
 from models.gated_deltanet import GatedDeltaNet
-from models.mixer import Context, MixerState
-from models.native_sparse_attention import NativeSparseAttention
-from models.ops import IGNORE, RMSNorm, linear_cross_entropy, swiglu
-from models.padding import LeftAligned, unpad
+from models.losses import cross_entropy, per_item, shift_labels
+from models.mixer import Context
+from models.ops import RMSNorm, linear_cross_entropy
+from models.padding import LeftAligned, compose, prepend, unpad
+from models.retention import RetentionControls, build_penalty_control
 from models.rotary import rotary_angles
 
 
@@ -64,56 +64,6 @@ class HybridModelOutput(ModelOutput):
     retention: list[RetentionStats] | None = None
 
 
-class MLP(nn.Module):
-    """SwiGLU (arXiv 2002.05202)."""
-
-    def __init__(self, config: HybridConfig):
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x_BTC: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x_BTC), self.up_proj(x_BTC)))
-
-
-def build_mixer(config: HybridConfig, kind: str) -> nn.Module:
-    """The mixer of a layer type."""
-    if kind == "attention":
-        return RetainedAttention(config)
-    if kind == "gated_deltanet":
-        return GatedDeltaNet(
-            config.hidden_size,
-            config.gdn_num_heads,
-            config.gdn_head_dim,
-            expand_v=config.gdn_expand_v,
-            conv_size=config.gdn_conv_size,
-            norm_eps=config.rms_norm_eps,
-        )
-    assert kind == "nsa", "the configuration knows no other layer types"
-    return NativeSparseAttention(config)
-
-
-class Block(GradientCheckpointingLayer):
-    """Pre-norm residual block."""
-
-    def __init__(self, config: HybridConfig, kind: str):
-        super().__init__()
-        self.mixer_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mixer = build_mixer(config, kind)
-        self.mlp_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = MLP(config)
-        for linear in (self.mixer.o_proj, self.mlp.down_proj):
-            linear.to_residual_stream = True
-
-    def forward(
-        self, x_BTC: Tensor, context: Context, state: MixerState | None = None
-    ) -> tuple[Tensor, RetentionStats | None, Tensor | None]:
-        mixed = self.mixer(self.mixer_norm(x_BTC), context, state)
-        normed_BTC, x_BTC = self.mlp_norm.add(mixed.hidden, x_BTC)
-        return x_BTC + self.mlp(normed_BTC), mixed.retention, mixed.writes
-
-
 class HybridPreTrainedModel(PreTrainedModel):
     config_class = HybridConfig
     base_model_prefix = "model"
@@ -135,6 +85,8 @@ class HybridPreTrainedModel(PreTrainedModel):
             init.ones_(module.weight)
         elif isinstance(module, GatedDeltaNet | RetentionScorer | PenaltyControl) and not _is_loaded(module):
             module.reset_parameters()
+        elif isinstance(module, HybridModel) and module.sink_token is not None:
+            init.normal_(module.sink_token, std=std)
         if isinstance(module, PenaltyControl):
             init.zeros_(module.counts)  # in no checkpoint, so loading leaves it uninitialised
 
@@ -151,21 +103,14 @@ class HybridModel(HybridPreTrainedModel):
     def __init__(self, config: HybridConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        learnable = config.sink_token == "learnable"
+        self.sink_token = nn.Parameter(torch.empty(config.hidden_size)) if learnable else None
         self.layers = nn.ModuleList(Block(config, kind) for kind in config.layer_types)
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         shared = config.has_scorer and config.scorer_sharing == "layers"
         self.shared_scorer = build_scorer(config) if shared else None
-        self.set_retention(config.retention)
         self.gradient_checkpointing = False
         self.post_init()
-
-    def set_retention(self, retention: str) -> None:
-        """As `HybridForCausalLM.set_retention`, for a name that was checked."""
-        for layer in self.layers:
-            if isinstance(layer.mixer, RetainedAttention):
-                layer.mixer.retention = retention
-            elif isinstance(layer.mixer, GatedDeltaNet):
-                layer.mixer.reports_writes = retention == "delta_error"
 
     def forward(
         self,
@@ -223,6 +168,9 @@ class HybridModel(HybridPreTrainedModel):
         x_BTC = self._embed(tokens)
         if attention_mask is not None:
             x_BTC, cu_seqlens, restore = unpad(x_BTC, attention_mask)
+        if self.sink_token is not None:
+            x_BTC, cu_seqlens, without = prepend(self.sink_token, x_BTC, cu_seqlens)
+            restore = without if restore is None else compose(restore, without)
         hidden, retention, states = self._run(x_BTC, cu_seqlens, None, None, keep_all, bool(output_hidden_states))
         if restore is not None:
             hidden, states = restore(hidden), states and tuple(restore(x) for x in states)
@@ -238,7 +186,7 @@ class HybridModel(HybridPreTrainedModel):
         self, tokens: Tensor, mask_BT: Tensor | None, cache: HybridCache, last_columns: int, with_states: bool
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         """The prompt in chunks, so that memory beyond the result doesn't grow with it."""
-        length, chunk = tokens.shape[1], self.config.prefill_chunk
+        length, chunk = tokens.shape[1], self.prefill_chunk(len(tokens))
         first_column = max(0, length - last_columns) if last_columns else 0
         hiddens, all_states = [], []
         for start in range(0, length, chunk):
@@ -249,15 +197,26 @@ class HybridModel(HybridPreTrainedModel):
             if aligned is not None:
                 piece = aligned.apply(piece)
             lengths = aligned.lengths if aligned is not None else None
+            columns = piece.shape[1]
+            if self.sink_token is not None and not cache.columns:
+                piece, _, _ = prepend(self.sink_token, piece, None)
+                lengths = None if lengths is None else lengths + 1
             hidden, _, states = self._run(piece, None, lengths, cache, False, with_states)
-            cache.columns += piece.shape[1]
+            cache.columns += columns
             if start + chunk > first_column:
                 skip = max(0, first_column - start)
                 restore = aligned.restore if aligned is not None else lambda x: x
-                hiddens.append(restore(hidden)[:, skip:])
-                all_states.append([restore(x)[:, skip:] for x in states or ()])
+                hiddens.append(restore(hidden[:, -columns:])[:, skip:])
+                all_states.append([restore(x[:, -columns:])[:, skip:] for x in states or ()])
         states = tuple(torch.cat(x, 1) for x in zip(*all_states, strict=True)) if with_states else None
         return hiddens[0] if len(hiddens) == 1 else torch.cat(hiddens, 1), states
+
+    def prefill_chunk(self, batch: int) -> int:
+        """Tokens of a prompt that each of `batch` rows takes at once (`config.prefill_chunk`)."""
+        if self.config.prefill_chunk is not None:
+            return self.config.prefill_chunk
+        # many tokens a launch on CUDA; elsewhere the chunk's masks are tensors
+        return max(1024, 8192 // batch) if self.device.type == "cuda" else 2048
 
     def _run(
         self,
@@ -316,7 +275,7 @@ def _check_mask(mask: Tensor, batch: int, length: int, cache: HybridCache | None
     return None if bool((mask != 0).all()) else mask != 0
 
 
-class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
+class HybridForCausalLM(RetentionControls, HybridPreTrainedModel, GenerationMixin):
     """The language model (arXiv 2510.20787): laLTE, laNSA and the baselines, by configuration.
 
     `forward` takes padded batches (attention_mask), packed documents (cu_seqlens) or new tokens of a cache
@@ -329,16 +288,7 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = HybridModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.penalty_control = None
-        if config.has_scorer:
-            self.penalty_control = PenaltyControl(
-                config.layer_types.count("attention"),
-                config.num_key_value_heads,
-                config.target_density,
-                interval=config.penalty_interval,
-                minimum=config.penalty_min,
-                maximum=config.penalty_max,
-            )
+        self.penalty_control = build_penalty_control(config)
         self.post_init()
 
     def forward(
@@ -367,7 +317,6 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             num_items_in_batch: predicted tokens of the whole optimizer step, by which the loss is divided
                 (gradient accumulation); None: those of this call.
         """
-        keep_all = self._keeps_all()
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -377,16 +326,13 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             cu_seqlens=cu_seqlens,
             output_hidden_states=output_hidden_states,
             last_columns=logits_to_keep if labels is None else 0,
-            keep_all=keep_all,
+            keep_all=self._keeps_all(),
         )
         hidden = outputs.last_hidden_state
         fused_loss = self.training and labels is not None and hidden.is_cuda
         logits = None if fused_loss else self.lm_head(hidden)
-        loss = lm_loss = penalty = None
-        if outputs.retention:
-            penalty = self.penalty_control.penalty(outputs.retention)
-            if self.training:
-                self.penalty_control.observe(outputs.retention)
+        loss = lm_loss = None
+        penalty = self._penalty_of(outputs.retention)
         if labels is not None:
             targets = shift_labels(labels, attention_mask, cu_seqlens)
             if fused_loss:
@@ -408,70 +354,6 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             retention=outputs.retention or None,
         )
         return output if return_dict is not False else output.to_tuple()
-
-    def _keeps_all(self) -> bool:
-        control = self.penalty_control
-        if control is None or not self.training or self.config.keep_all_steps == 0:
-            return False
-        return int(control.steps) < self.config.keep_all_steps
-
-    def update_retention_penalty(self) -> None:
-        """After each optimizer step: steer the L1 penalty's weight to the target density (lte/sparsity.py)."""
-        if self.penalty_control is not None:
-            self.penalty_control.update()
-
-    @torch.no_grad()
-    def retention_report(self) -> dict[str, float]:
-        """Kept density (and tokens per head at the training length) and λ, averaged over layers and heads."""
-        control = self.penalty_control
-        if control is None:
-            return {}
-        density = control.density.clamp(min=0)
-        eligible = max(0, self.config.max_position_embeddings - self.config.window)
-        report = {
-            "kept_density": density.mean(),
-            "kept_per_head": density.mean() * eligible,
-            "lambda_mean": control.penalty_weight.mean(),
-            "lambda_max": control.penalty_weight.max(),
-        }
-        for layer, row in enumerate(density):
-            report[f"kept_per_head/layer_{layer}"] = row.mean() * eligible
-            report[f"lambda/layer_{layer}"] = control.penalty_weight[layer].mean()
-        return {name: float(value) for name, value in report.items()}
-
-    def set_retention(self, retention: str | None) -> None:
-        """Fill the budget by another policy, without training, in forwards and in caches made from now on.
-
-        Slots and memory stay as they are; the policy only chooses other tokens (lte/policies.py). A model that was
-        trained without a scorer has a budget of 0: raise it with `set_retention_budget`.
-
-        Args:
-            retention: `lte`, `none` (nothing is retained), `recency`, `random`, `h2o`, `tova`, `key_norm` or
-                `delta_error`; None: the config's.
-
-        Raises:
-            ValueError: unknown, or this model lacks what it needs.
-        """
-        retention = self.config.retention if retention is None else retention
-        self.config.check_retention(retention)
-        if retention == "lte" and not self.config.has_scorer:
-            raise ValueError("retention='lte': this model has no retention scorer; use another policy, or train one")
-        if retention != "none" and "attention" not in self.config.layer_types:
-            raise ValueError(f"retention={retention!r}: this model has no attention layers; use another model")
-        self.model.set_retention(retention)
-
-    def set_retention_budget(self, budget: int | None) -> None:
-        """Enforce another budget in evaluation and in caches made from now on; None: the config's."""
-        if budget is not None and budget < 0:
-            raise ValueError(f"budget={budget} must be 0 or more, or None for the config's {self.config.budget}")
-        mixers = [layer.mixer for layer in self.model.layers if isinstance(layer.mixer, RetainedAttention)]
-        if budget and not self.config.has_scorer and all(mixer.retention == "none" for mixer in mixers):
-            raise ValueError(
-                f"budget={budget}: this model has no retention scorer to fill it; use 0 or None, or choose a policy "
-                "first with set_retention"
-            )
-        for mixer in mixers:
-            mixer.budget = self.config.budget if budget is None else budget
 
     def parameter_groups(self, weight_decay: float, lr: float) -> list[dict]:
         """Optimizer groups: no decay for norms, biases, A_log, dt_bias; the scorer's rate is scaled."""
@@ -531,35 +413,3 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         if not is_first_iteration and inputs.get("past_key_values") is not None:
             inputs.pop("attention_mask", None)
         return inputs
-
-
-def shift_labels(labels_BT: Tensor, mask_BT: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    """Target of each column: the next token of the same document, or IGNORE."""
-    if mask_BT is not None:
-        labels_BT = labels_BT.masked_fill(mask_BT[:, -labels_BT.shape[1] :] == 0, IGNORE)
-    targets_BT = F.pad(labels_BT[:, 1:], (0, 1), value=IGNORE)
-    if cu_seqlens is not None:
-        last = cu_seqlens[1:].to(torch.int64) - 1
-        targets_BT = targets_BT.index_fill(1, last.clamp(min=0), IGNORE)
-    elif mask_BT is not None:
-        # padding to the left of a document doesn't predict its first token
-        targets_BT = targets_BT.masked_fill(mask_BT[:, -labels_BT.shape[1] :] == 0, IGNORE)
-    return targets_BT
-
-
-def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor, chunk: int = 1024) -> Tensor:
-    """Sum of the cross-entropies in nats (float32), a few tokens at a time: no float32 copy of all logits exists."""
-    pieces = zip(logits_BTV.flatten(0, 1).split(chunk), targets_BT.flatten().split(chunk), strict=True)
-    return torch.stack(
-        [F.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="sum") for logits, targets in pieces]
-    ).sum()
-
-
-def per_item(total: Tensor, targets_BT: Tensor, items: Tensor | int | None) -> tuple[Tensor, Tensor]:
-    """A summed loss per item, and the share of the items that lies in this call."""
-    count = (targets_BT != IGNORE).sum()
-    if items is None:
-        return total / count.clamp(min=1), torch.ones_like(total)
-    if isinstance(items, Tensor):
-        items = items.to(total.device)
-    return total / items, count / items

@@ -20,7 +20,7 @@ from lte.attention import interval_attention
 from lte.visibility import NEVER
 from models import fla_adapter, nsa_reference
 from models.config import HybridConfig
-from models.mixer import Context, MixerOutput
+from models.mixer import Context, Mixer, MixerOutput
 from models.ops import rotate
 
 BRANCHES = 3
@@ -73,6 +73,11 @@ class NativeSparseState:
         """Growth with every token of a row, its share of a block mean included; memory comes in doubling steps."""
         heads, _, dim = self.k.shape[1:]
         return 2 * heads * dim * self.k.element_size() * (self.block_size + 1) // self.block_size
+
+    @property
+    def rule(self) -> dict[str, str | int]:
+        """Empty: nothing is evicted."""
+        return {}
 
     def reset(self) -> None:
         """Forget everything, keep the memory."""
@@ -133,7 +138,7 @@ class NativeSparseState:
             pooled.scatter_(2, row, nsa_reference.pool(nsa_reference.take(x, slot_BHK), block_size))
 
 
-class NativeSparseAttention(nn.Module):
+class NativeSparseAttention(Mixer):
     """Native sparse attention mixer (arXiv 2502.11089).
 
     On a CUDA device flash-linear-attention's kernels compute the compressed and the selected branch of whole

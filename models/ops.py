@@ -1,6 +1,7 @@
-"""Operations that every block needs: norm, SwiGLU, rotary embedding and the loss, fused on CUDA.
+"""Operations that every block needs: norm, linear maps, SwiGLU, rotary embedding and the loss, fused on CUDA.
 
-Each has one meaning and two forms: plain PyTorch, and on CUDA flash-linear-attention's kernels (models/fla_fused.py).
+Each has one meaning and two forms: plain PyTorch, and on CUDA kernels, mostly flash-linear-attention's
+(models/fla_fused.py).
 Under autocast the norms return its dtype, so that the products after them read 16 bits instead of casting.
 
 Shapes: B batch, T tokens, H heads, D head dimension, C channels, V vocabulary, M = B · T rows.
@@ -117,14 +118,69 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        from lte.kernels.elementwise import swiglu
+
         gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
-        return fla_fused.swiglu_forward(gate, up)
+        return swiglu(gate, up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        return fla_fused.swiglu_backward(grad.contiguous(), *ctx.saved_tensors)
+        from lte.kernels.elementwise import swiglu_backward
+
+        return swiglu_backward(grad.contiguous(), *ctx.saved_tensors)
+
+
+# ---- linear maps of one input ----
+
+
+def linears(x: Tensor, *modules: nn.Module) -> tuple[Tensor, ...]:
+    """What each of several linear maps gives for one input.
+
+    In training on CUDA the gradient of the input is summed inside the products instead of in passes of its own.
+    Modules that aren't plain `nn.Linear` (adapters, quantized ones, those with hooks or a bias) are called as ever.
+
+    Args:
+        x: [..., C].
+        modules: maps from C.
+    """
+    if not (_is_fused(x) and x.requires_grad and all(_is_plain(m) for m in modules)):
+        return tuple(module(x) for module in modules)
+    dtype = compute_dtype(x)
+    return _Linears.apply(x.to(dtype), *(module.weight.to(dtype) for module in modules))
+
+
+def _is_plain(module: nn.Module) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return type(module) is nn.Linear and module.bias is None and not any(hooks) and "forward" not in vars(module)
+
+
+class _Linears(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, *weights)
+        ctx.set_materialize_grads(False)
+        with torch.autocast(x.device.type, enabled=False):
+            return tuple(F.linear(x, weight) for weight in weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor | None):
+        x, *weights = ctx.saved_tensors
+        x_MC = x.flatten(0, -2)
+        grad_x_MC = None
+        grad_weights: list[Tensor | None] = []
+        for weight, grad, wanted in zip(weights, grads, ctx.needs_input_grad[1:], strict=True):
+            grad_MN = None if grad is None else grad.flatten(0, -2)
+            grad_weights.append(grad_MN.mT @ x_MC if grad is not None and wanted else None)
+            if grad is None or not ctx.needs_input_grad[0]:
+                continue
+            if grad_x_MC is None:
+                grad_x_MC = grad_MN @ weight
+            else:
+                grad_x_MC.addmm_(grad_MN, weight)
+        return None if grad_x_MC is None else grad_x_MC.view_as(x), *grad_weights
 
 
 # ---- rotary embedding ----

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lte.layout import Layout
+
 
 def unpad(x_BTC: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
     """Real tokens packed into one row [1, M, C], their cu_seqlens (a document a row), and the way back.
@@ -27,6 +29,33 @@ def unpad(x_BTC: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor, Callable[[Ten
         return flat.index_copy(0, index_M, y_1MC[0]).view(batch, length, -1)
 
     return x_BTC.flatten(0, 1)[index_M][None], cu_seqlens, restore
+
+
+def prepend(
+    token_C: Tensor, x_BTC: Tensor, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor | None, Callable[[Tensor], Tensor]]:
+    """The same token in front of every document: the longer rows, their cu_seqlens, and the way back.
+
+    Args:
+        cu_seqlens: [N + 1] boundaries of packed documents, then B is 1; None: every row is a document.
+    """
+    token_C = token_C.to(x_BTC.dtype)
+    if cu_seqlens is None:
+        return torch.cat([token_C.expand(len(x_BTC), 1, -1), x_BTC], 1), None, lambda y_BTC: y_BTC[:, 1:]
+    tokens, documents = x_BTC.shape[1], len(cu_seqlens) - 1
+    index_N1 = torch.arange(documents + 1, device=x_BTC.device)
+    document_T = Layout(cu_seqlens=cu_seqlens).documents(1, tokens, x_BTC.device)[0]
+    place_T = torch.arange(tokens, device=x_BTC.device) + document_T + 1
+    longer_N1 = cu_seqlens.to(x_BTC.device) + index_N1.to(cu_seqlens.dtype)
+    source = torch.full((tokens + documents,), tokens, device=x_BTC.device)  # the token, behind the row
+    source[place_T] = torch.arange(tokens, device=x_BTC.device)
+    longer = torch.cat([x_BTC[0], token_C[None]])[source][None]
+    return longer, longer_N1, lambda y_BTC: y_BTC[:, place_T]
+
+
+def compose(outer: Callable[[Tensor], Tensor], inner: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """First the inner, then the outer."""
+    return lambda x: outer(inner(x))
 
 
 @dataclass(frozen=True)

@@ -128,11 +128,20 @@ def test_info(run, fails, folder):
     status, out, err = run("info", ROOT / "configs/models/lalte-0.4b.json")
     assert (status, err) == (0, "")
     assert "360,246,144" in out.splitlines()[0]
+    short = out
     assert "72,926,304 bytes for a sequence in bfloat16, the same at any length" in out
+    assert re.search(r"^retention +lte \(trained scorer\), lookahead 6, shared over: none$", out, re.MULTILINE)
+    for name, words in (("streaming", "none"), ("gdn-full", "none: nothing is evicted"), ("gdn", None)):
+        shown = run("info", ROOT / f"configs/models/{name}-tiny.json")[1]
+        found = re.search(r"^retention +(.*)$", shown, re.MULTILINE)
+        assert (found and found[1]) == words
     model = make_model(vocab_size=300)
     out = run("info", folder, "--batch", 3, "--dtype", "float32")[1]
     assert f"{sum(p.numel() for p in model.parameters()):,}" in out
     assert f"{model.new_cache(3).nbytes:,} bytes for 3 sequences in float32" in out
+    assert "a new token               794 M operations, 796 MB to read, after 4,096 tokens" in short
+    assert json.loads(run("info", folder, "--json", "--length", 77)[1])["costs"]["length"] == 77
+    assert "length=0 must be at least 1" in fails("info", folder, "--length", 0)
     assert "int8 is unknown; use float32" in fails("info", folder, "--dtype", "int8")
     assert "nowhere.json is no file" in fails("info", "nowhere.json")
     assert "batch=0 must be at least 1" in fails("info", folder, "--batch", 0)
@@ -192,6 +201,30 @@ def test_generate_with_another_budget(run, folder):
     assert out == expected_text(folder, prompt, NEW, (model, tokenizer)) + "\n"
     assert f"cache: {model.new_cache().nbytes:,} bytes" in err
     assert out != run(*generate(folder, "--prompt", prompt, "--max-new-tokens", NEW))[1]
+
+
+def test_generate_with_another_policy(run, fails, folder, tmp_path):
+    model, tokenizer = lalte.load(folder)
+    prompt, session = PROMPT * 5, tmp_path / "s"
+    options = ("--retention", "h2o", "--budget", 5)
+    written = {}
+    for policy in ("none", "random", "h2o"):
+        model.use_retention(policy, None if policy == "none" else 5)
+        written[policy] = expected_text(folder, prompt, NEW, (model, tokenizer)) + "\n"
+    assert len(set(written.values())) == 3
+    first = run(*generate(folder, "--prompt", prompt, "--session", session, "--max-new-tokens", 7, *options))[1]
+    message = fails(*generate(folder, "--session", session))
+    assert "was written with retention=h2o, budget=5, this cache has retention=lte, budget=3" in message
+    assert "retention=h2o, this cache has retention=random" in fails(
+        *generate(folder, "--session", session, "--retention", "random", "--budget", 5)
+    )
+    second = run(*generate(folder, "--session", session, "--max-new-tokens", NEW - 7, *options))[1]
+    assert first.removesuffix("\n") + second == written["h2o"]
+    out = run(*generate(folder, "--prompt", prompt, "--max-new-tokens", NEW, "--retention", "none"))[1]
+    assert out == written["none"]
+    assert "retention='lru' is unknown; use one of none, lte" in fails(
+        *generate(folder, "--prompt", "x", "--retention", "lru")
+    )
 
 
 def test_prompts_that_are_refused(fails, tmp_path, monkeypatch):
@@ -264,7 +297,7 @@ def test_sessions_that_are_refused(run, fails, folder, tmp_path):
     make_model(vocab_size=300, seed=7).save_pretrained(other)
     make_tokenizer().save_pretrained(other)
     assert "belongs to another model" in fails(*generate(other, "--session", session))
-    assert "use the model, budget and dtype that wrote it" in fails(
+    assert "was written with budget=3, this cache has budget=1; use budget=3" in fails(
         *generate(folder, "--session", session, "--budget", 1)
     )
     assert "belongs to another model" in fails(*generate(folder, "--session", session, "--dtype", "bfloat16"))

@@ -25,6 +25,9 @@ VARIANTS = {
     "lalte, rope_in_cache": ("lalte", {"position_encoding": "rope_in_cache"}),
     "lalte, no positions": ("lalte", {"position_encoding": "none"}),
     "transformer, rope_in_cache": ("transformer", {"position_encoding": "rope_in_cache"}),
+    "lalte, zero sink": ("lalte", {"softmax_off_by_one": True}),
+    "lalte, learned sink": ("lalte", {"sink_token": "learnable"}),
+    "transformer, both sinks": ("transformer", {"sink_token": "learnable", "softmax_off_by_one": True}),
 }
 
 

@@ -67,7 +67,7 @@ class LogCallback(TrainerCallback):
 
 
 def summary(logs: dict[str, float]) -> str:
-    """One line for the progress bar: loss, kept tokens per head, mean λ, tokens per second."""
+    """One line for the progress bar: loss, kept tokens per head, mean λ, tokens per second, MFU."""
     parts = [f"loss {logs['loss']:.3f}"]
     if "kept_per_head" in logs:
         parts.append(f"kept/head {logs['kept_per_head']:.1f}")
@@ -75,6 +75,8 @@ def summary(logs: dict[str, float]) -> str:
         parts.append(f"λ {logs['lambda_mean']:.1e}")
     if "tokens_per_s" in logs:
         parts.append(f"{logs['tokens_per_s'] / 1000:.1f} k tok/s")
+    if "mfu" in logs:
+        parts.append(f"MFU {logs['mfu']:.1%}")
     return "  ".join(parts)
 
 

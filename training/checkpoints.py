@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from training import sharded
+
 SEAL = "complete.json"
 SAVING = ".saving"
 NAME = re.compile(r"checkpoint-(\d+)")
@@ -107,24 +109,30 @@ def rotate(output: Path, keep: int) -> None:
 
 
 def check_fits(folder: Path, model: torch.nn.Module) -> None:
-    """Compare names and shapes of a checkpoint's weights with a model, reading only the file's header.
+    """Compare names and shapes of a checkpoint's weights with a model, reading only the files' headers.
 
     Raises: ValueError naming the checkpoint and what is wrong with it.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     wrong = defect(folder)
     if wrong is None:
         try:
-            with safe_open(folder / "model.safetensors", framework="pt") as file:
-                saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            saved = sharded.shapes(folder) if sharded.is_sharded(folder) else _shapes(folder / "model.safetensors")
         except (SafetensorError, OSError) as error:
-            wrong = f"model.safetensors can't be read ({error})"
+            wrong = f"its weights can't be read ({error})"
         else:
             own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
             wrong = _mismatch(saved, own)
     if wrong is not None:
         raise ValueError(f"the checkpoint {folder} can't be continued: {wrong}; name one of this model")
+
+
+def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as opened:
+        return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
 
 
 def _mismatch(saved: dict[str, tuple], own: dict[str, tuple]) -> str | None:
@@ -143,11 +151,7 @@ def write_progress(folder: Path, rank: int, progress: dict[str, Any]) -> None:
     (folder / f"progress-{rank}.json").write_text(json.dumps(progress))
 
 
-def read_progress(folder: Path, rank: int) -> dict[str, Any]:
-    """What `write_progress` kept. Raises: ValueError if the checkpoint comes from a run with fewer ranks."""
-    file = folder / f"progress-{rank}.json"
-    if not file.is_file():
-        raise ValueError(
-            f"the checkpoint {folder} has no {file.name}: continue with as many ranks as it was made with"
-        )
-    return json.loads(file.read_text())
+def read_progress(folder: Path) -> list[dict[str, Any]]:
+    """What `write_progress` kept, of all ranks in order, which need not be as many as now."""
+    files = sorted(folder.glob("progress-*.json"), key=lambda file: int(file.stem.partition("-")[2]))
+    return [json.loads(file.read_text()) for file in files]

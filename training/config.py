@@ -50,11 +50,15 @@ class OptimizerConfig:
 class BatchConfig:
     """sequences: rows of data.sequence_length tokens per device and micro-batch. accumulation: micro-batches a step.
 
+    tokens_per_step: tokens of an optimizer step over all devices. The number of micro-batches follows from it and the
+    number of devices, and `sequences` becomes the most rows that a device takes at a time. Null: a step has
+    sequences · accumulation rows a device, so that more devices make a larger batch.
     In a stage with shorter rows there are more of them, so that a micro-batch has about the same tokens.
     """
 
     sequences: int = 8
     accumulation: int = 1
+    tokens_per_step: int | None = None
 
 
 @dataclass
@@ -69,13 +73,15 @@ class CheckpointConfig:
 class LogConfig:
     """every: optimizer steps between log entries. tensorboard: write event files to the run's folder `tensorboard`.
 
-    report_to: further reporting integrations of transformers, such as wandb. progress: show a progress bar.
+    report_to: further reporting integrations of transformers: wandb, trackio. progress: show a progress bar.
+    peak_tflops: what the device can do in bfloat16, for the MFU; null: looked up by its name (training/flops.py).
     """
 
     every: int = 10
     tensorboard: bool = True
     report_to: list[str] = field(default_factory=list)
     progress: bool = True
+    peak_tflops: float | None = None
 
 
 @dataclass
@@ -86,7 +92,7 @@ class TrainConfig:
     output: the run's folder. resume: auto goes on from the newest whole checkpoint in it, never starts anew (and
     wants an empty folder), a path goes on from that checkpoint.
     compile: torch.compile. gradient_checkpointing: recompute blocks in the backward pass. fsdp: shard the model over
-    the ranks that torchrun started, instead of copying it to each.
+    the ranks that torchrun started (FSDP2), instead of copying it to each.
     """
 
     model: ModelSection = field(default_factory=ModelSection)
@@ -109,37 +115,57 @@ class TrainConfig:
     resume: str = "auto"
 
 
-# what may differ between a run and its continuation: it changes neither the data nor the model nor the schedule
-FREE_ON_RESUME = ("output", "resume", "device", "log", "checkpoint", "data.cache_dir", "data.workers")
+# what may differ between a run and its continuation: it changes neither the data nor the model nor the schedule;
+# the rows of a step, which may be cut differently, are compared with those of the checkpoint
+FREE_ON_RESUME = (
+    *("output", "resume", "device", "log", "checkpoint", "data.cache_dir", "data.workers"),
+    *("batch.sequences", "batch.accumulation", "compile", "gradient_checkpointing", "fsdp"),
+)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Read a YAML file and merge command-line changes (`optimizer.lr=3e-4`, `data.sources.0.path=x.txt`) over it.
 
+    A file may begin with `extends: other.yaml`, a file beside it whose settings it changes.
     The output folder is runs/<name of the file> unless it is set.
     Raises: ValueError naming the key, its value and what would do.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"the configuration {path} is no file: name a YAML file, such as one of configs/train")
-    try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"the configuration {path} is no YAML: {error}") from None
-    given = {} if given is None else given
-    if not isinstance(given, Mapping):
-        raise ValueError(f"the configuration {path} holds {type(given).__name__}: keys and values are expected")
-    _check_keys(given, TrainConfig, "", str(path))
-    config = OmegaConf.structured(TrainConfig(output=f"runs/{path.stem}"))
-    try:
-        config = OmegaConf.merge(config, OmegaConf.create(dict(given)))
-    except OmegaConfBaseException as error:
-        raise ValueError(f"{path}: {_first_line(error)}") from None
+    config = OmegaConf.structured(TrainConfig(output=f"runs/{Path(path).stem}"))
+    for file, given in reversed(_read(Path(path))):
+        _check_keys(given, TrainConfig, "", str(file))
+        try:
+            config = OmegaConf.merge(config, OmegaConf.create(dict(given)))
+        except OmegaConfBaseException as error:
+            raise ValueError(f"{file}: {_first_line(error)}") from None
     for change in overrides:
         _apply(config, change)
     result = OmegaConf.to_object(config)
     check_config(result)
     return result
+
+
+def _read(path: Path) -> list[tuple[Path, Mapping]]:
+    """What a file says, then what the one says that it extends, and so on."""
+    found: list[tuple[Path, Mapping]] = []
+    while True:
+        if not path.is_file():
+            by = f" (extends in {found[-1][0]})" if found else ""
+            raise ValueError(
+                f"the configuration {path}{by} is no file: name a YAML file, such as one of configs/train"
+            )
+        try:
+            given = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"the configuration {path} is no YAML: {error}") from None
+        given = {} if given is None else given
+        if not isinstance(given, Mapping):
+            raise ValueError(f"the configuration {path} holds {type(given).__name__}: keys and values are expected")
+        if any(path == file for file, _ in found):
+            raise ValueError(f"extends={path.name!r} in {found[-1][0]}: the files extend each other; name another")
+        found.append((path, {key: value for key, value in given.items() if key != "extends"}))
+        if "extends" not in given:
+            return found
+        path = path.parent / str(given["extends"])
 
 
 def _apply(config: Any, change: str) -> None:
@@ -213,6 +239,11 @@ def check_config(config: TrainConfig) -> None:
     need(config.data.sequence_length >= 2, "data.sequence_length", config.data.sequence_length, "use 2 or more")
     need(b.sequences >= 1, "batch.sequences", b.sequences, "use 1 or more")
     need(b.accumulation >= 1, "batch.accumulation", b.accumulation, "use 1 or more")
+    if b.tokens_per_step is not None:
+        need(b.tokens_per_step >= 2, "batch.tokens_per_step", b.tokens_per_step, "use 2 or more, or null")
+        need(b.accumulation == 1, "batch.accumulation", b.accumulation, "leave it at 1: tokens_per_step decides")
+    lanes = config.data.lanes
+    need(lanes is None or lanes >= 1, "data.lanes", lanes, "use 1 or more, or null")
     need(o.lr > 0, "optimizer.lr", o.lr, "use a positive learning rate")
     need(o.clip >= 0, "optimizer.clip", o.clip, "use a positive norm, or 0 for no clipping")
     need(o.warmup_steps >= 0, "optimizer.warmup_steps", o.warmup_steps, "use 0 or more")
@@ -223,6 +254,8 @@ def check_config(config: TrainConfig) -> None:
     need(config.checkpoint.every >= 1, "checkpoint.every", config.checkpoint.every, "use 1 or more")
     need(config.checkpoint.keep >= 1, "checkpoint.keep", config.checkpoint.keep, "use 1 or more")
     need(config.log.every >= 1, "log.every", config.log.every, "use 1 or more")
+    peak = config.log.peak_tflops
+    need(peak is None or peak > 0, "log.peak_tflops", peak, "use a positive number of TFLOP/s, or null")
     need(config.precision in ("fp32", "bf16"), "precision", config.precision, "use fp32 or bf16")
     need(config.device in ("auto", "cpu", "cuda"), "device", config.device, "use auto, cpu or cuda")
 

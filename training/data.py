@@ -17,7 +17,7 @@ from training.needles import NeedleMaker
 from training.rows import Row, join_pieces
 from training.sources import SourceConfig, check_source
 from training.store import TokenStore, open_store
-from training.streams import TokenStream
+from training.streams import LaneReader, TokenStream
 from training.tokenizer import check_vocabulary
 from training.wording import NeedleConfig, merge_needles, variants
 
@@ -33,7 +33,10 @@ class DataConfig:
     split_documents: a document may go on in another row; off: rows are filled up instead, and only documents longer
         than a row are cut.
     add_bos, add_eos: put the tokenizer's begin or end token around each document.
-    shuffle: order documents and rows by the seed. shuffle_buffer: the same for streamed documents, within blocks.
+    shuffle: order documents and rows by the seed. shuffle_buffer: the same for streamed documents, within blocks of a
+        lane.
+    lanes: parts into which streamed sources are cut, a multiple of the ranks; the rows depend on it and not on the
+        ranks. Null: one a rank, and the run can't go on with another number of ranks.
     cache_dir: folder of the tokenised sources. workers: processes that prepare batches (streams use at most one).
     """
 
@@ -44,6 +47,7 @@ class DataConfig:
     add_eos: bool = True
     shuffle: bool = True
     shuffle_buffer: int = 1000
+    lanes: int | None = None
     cache_dir: str = "~/.cache/lalte"
     workers: int = 0
 
@@ -62,21 +66,32 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class Stage:
-    """A resolved stage: steps first … last - 1, with `rows` rows of `sequence_length` tokens per micro-batch."""
+    """A resolved stage: steps first … last - 1. A row has `sequence_length` tokens, a micro-batch of one rank `rows`
+    rows, and the whole step `step_rows`.
+    """
 
     first: int
     last: int
     sequence_length: int
     rows: int
     needles: NeedleConfig
+    step_rows: int
 
 
 def plan_stages(
-    data: DataConfig, needles: NeedleConfig, curriculum: list[StageConfig], *, steps: int, sequences: int
+    data: DataConfig,
+    needles: NeedleConfig,
+    curriculum: list[StageConfig],
+    *,
+    steps: int,
+    sequences: int,
+    parts: int = 1,
+    tokens_per_step: int | None = None,
 ) -> list[Stage]:
     """Resolve the curriculum; steps after its last stage use the run's own settings.
 
-    The number of tokens per micro-batch, sequences · data.sequence_length, stays about the same in every stage.
+    A step has `parts` micro-batches, over all ranks. The tokens of one, sequences · data.sequence_length, stay about
+    the same in every stage; with tokens_per_step those of a step are exactly this many.
     Raises: ValueError naming the stage's field.
     """
     stages, first = [], 0
@@ -96,7 +111,14 @@ def plan_stages(
             raise ValueError(f"{name}.sequence_length={length} is below 2: a row needs a token to predict")
         settings = merge_needles(needles, stage.needles, f"{name}.needles")
         rows = max(1, sequences * data.sequence_length // length)
-        stages.append(Stage(first, last, length, rows, settings))
+        if tokens_per_step is not None:
+            rows = tokens_per_step // (length * parts)
+            if rows * length * parts != tokens_per_step:
+                raise ValueError(
+                    f"batch.tokens_per_step={tokens_per_step} is no multiple of {parts} micro-batches times "
+                    f"{name}.sequence_length={length}: use lengths that divide data.sequence_length"
+                )
+        stages.append(Stage(first, last, length, rows, settings, rows * parts))
         first = last
     return stages
 
@@ -204,10 +226,17 @@ class TrainingRows(Dataset):
         self.texts: list[TokenStore] = []
         self.makers = [self._makers(s) for s in range(len(stages))]
         self.stores: dict[int, TokenStore] = {}
-        self.streams: dict[int, TokenStream] = {}
+        self.lanes = config.lanes or world
+        if self.lanes % world:
+            raise ValueError(
+                f"data.lanes={self.lanes} can't be shared by {world} ranks: use a multiple of them, and the same one "
+                "for the whole run"
+            )
+        self.streams: dict[tuple[int, int], TokenStream] = {}  # by source and lane
+        own = range(rank * self.lanes // world, (rank + 1) * self.lanes // world)
         for i, source in enumerate(config.sources):
             if source.streaming:
-                self.streams[i] = self._stream(i, source, rank, world)
+                self.streams |= self._streams(i, source, own)
             else:
                 self.stores[i] = self._store(i, source, progress)
                 self.texts.append(self.stores[i])
@@ -230,20 +259,22 @@ class TrainingRows(Dataset):
             progress=progress,
         )
 
-    def _stream(self, i: int, source: SourceConfig, rank: int, world: int) -> TokenStream:
+    def _streams(self, i: int, source: SourceConfig, lanes: range) -> dict[tuple[int, int], TokenStream]:
         c = self.config
-        return TokenStream(
-            source,
-            self.tokenizer,
-            name=self.names[i],
-            seed=[self.seed, 2, i],
-            rank=rank,
-            world=world,
-            buffer=c.shuffle_buffer if c.shuffle else 1,
-            add_bos=c.add_bos,
-            add_eos=c.add_eos,
-            split=c.split_documents,
-        )
+        reader = LaneReader(source, self.names[i], lanes, self.lanes)
+        return {
+            (i, lane): TokenStream(
+                reader,
+                self.tokenizer,
+                seed=[self.seed, 2, i],
+                lane=lane,
+                buffer=c.shuffle_buffer if c.shuffle else 1,
+                add_bos=c.add_bos,
+                add_eos=c.add_eos,
+                split=c.split_documents,
+            )
+            for lane in lanes
+        }
 
     def _packed(self, stage: int, i: int) -> PackedRows:
         c = self.config
@@ -285,20 +316,28 @@ class TrainingRows(Dataset):
             return makers[place % len(makers)].row(place)
         if kind in self.packed_sources(stage):
             return self.packed[stage, kind].row(place)
-        row = self.streams[kind].row(self.stages[stage].sequence_length)
-        self.cursors[str(kind)] = self.streams[kind].cursor()
-        row.cursors = dict(self.cursors)
+        lane = self.lane(stage, index)
+        stream = self.streams[kind, lane]
+        row = stream.row(self.stages[stage].sequence_length)
+        self.cursors = {**self.cursors, f"{kind}/{lane}": stream.cursor()}
+        row.cursors = self.cursors
         return row
+
+    def lane(self, stage: int, index: int) -> int:
+        """The lane that a row takes streamed text from: each rank's part of a step has lanes of its own."""
+        step_rows = self.stages[stage].step_rows
+        return index % step_rows * self.lanes // step_rows
 
     def packed_sources(self, stage: int) -> list[int]:
         """Numbers of the sources that this stage reads from the cache."""
         return [i for s, i in self.packed if s == stage]
 
     def load_cursors(self, cursors: dict[str, Any]) -> None:
-        """Go on with the streamed sources where a checkpoint left them."""
-        for i, cursor in cursors.items():
-            self.streams[int(i)].seek(cursor)
-        self.cursors = dict(cursors)
+        """Go on with the streamed sources where a checkpoint left them; cursors of other ranks' lanes are let be."""
+        for (source, lane), stream in self.streams.items():
+            if cursor := cursors.get(f"{source}/{lane}"):
+                stream.seek(cursor)
+                self.cursors[f"{source}/{lane}"] = cursor
 
     def _deal(self, stage: int, index: int) -> tuple[int, int]:
         """What row `index` of a stage is made of, and how many rows of that kind came before it."""
@@ -335,7 +374,10 @@ def check_data(config: DataConfig, stages: list[Stage]) -> None:
 
 
 class StepBatches(Sampler[list[tuple[int, int]]]):
-    """The row keys of every micro-batch of one rank, in order; no two ranks share a row."""
+    """The row keys of every micro-batch of one rank, in order: a step is cut into one part a rank, in turn.
+
+    The union over the ranks is every row once, whatever their number.
+    """
 
     def __init__(self, stages: list[Stage], *, accumulation: int, rank: int = 0, world: int = 1) -> None:
         self.stages, self.accumulation, self.rank, self.world = stages, accumulation, rank, world
@@ -345,6 +387,7 @@ class StepBatches(Sampler[list[tuple[int, int]]]):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for number, stage in enumerate(self.stages):
-            for micro in range((stage.last - stage.first) * self.accumulation):
-                start = (micro * self.world + self.rank) * stage.rows
-                yield [(number, index) for index in range(start, start + stage.rows)]
+            for step in range(stage.last - stage.first):
+                first = (step * self.world + self.rank) * self.accumulation
+                for micro in range(first, first + self.accumulation):
+                    yield [(number, index) for index in range(micro * stage.rows, (micro + 1) * stage.rows)]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from training import checkpoints
@@ -21,8 +22,33 @@ def check_device(config: TrainConfig) -> None:
     """Raises: ValueError if the device asked for isn't there, or there are no ranks to shard over."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda' but no CUDA device is visible: use device=auto or device=cpu")
-    if config.fsdp and (config.device == "cpu" or not torch.cuda.is_available() or "RANK" not in os.environ):
-        raise ValueError("fsdp=True shards over CUDA devices: start with torchrun on a machine that has some")
+    if config.fsdp and "RANK" not in os.environ:
+        raise ValueError("fsdp=True shards over the processes that torchrun starts: use it, with one or more")
+    if config.fsdp and config.device == "cpu" and torch.cuda.is_available():
+        raise ValueError("fsdp=True with device='cpu' where CUDA devices are visible: use device=auto")
+
+
+def world_size() -> int:
+    """Number of processes that torchrun started, 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def split_batch(config: TrainConfig, world: int) -> tuple[int, int]:
+    """Rows of a micro-batch of one rank, and micro-batches of a step.
+
+    Raises: ValueError if batch.tokens_per_step can't be cut into whole rows for every rank.
+    """
+    batch, length = config.batch, config.data.sequence_length
+    if batch.tokens_per_step is None:
+        return batch.sequences, batch.accumulation
+    rows, rest = divmod(batch.tokens_per_step, length * world)
+    if rest or not rows:
+        raise ValueError(
+            f"batch.tokens_per_step={batch.tokens_per_step} can't be cut into rows of data.sequence_length={length} "
+            f"for each of {world} ranks: use a multiple of {length * world}, or another number of ranks"
+        )
+    accumulation = next(a for a in range(1, rows + 1) if rows % a == 0 and rows // a <= batch.sequences)
+    return rows // accumulation, accumulation
 
 
 def resume_point(config: TrainConfig, output: Path) -> Path | None:
@@ -133,23 +159,24 @@ def _in_turn(config: TrainConfig) -> Iterator[str]:
         yield from (text for text in group if text is not None)
 
 
-def training_arguments(config: TrainConfig, output: Path, may_skip_parameters: bool) -> TrainingArguments:
+def training_arguments(
+    config: TrainConfig, output: Path, *, accumulation: int, may_skip_parameters: bool
+) -> TrainingArguments:
     """The Hugging Face arguments of a run.
 
-    may_skip_parameters: there are steps in which some parameters get no gradient.
+    accumulation: micro-batches of a step. may_skip_parameters: there are steps in which some parameters get no
+    gradient.
     """
     output.mkdir(parents=True, exist_ok=True)
     extra: dict[str, Any] = {}
     if config.fsdp:
         extra = {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}}
-    if config.gradient_checkpointing:
-        extra |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     args = TrainingArguments(
         output_dir=str(output),
         max_steps=config.steps,
         # a batch is one packed sequence, whatever the number of its rows
         per_device_train_batch_size=1,
-        gradient_accumulation_steps=config.batch.accumulation,
+        gradient_accumulation_steps=accumulation,
         learning_rate=config.optimizer.lr,
         max_grad_norm=config.optimizer.clip,
         bf16=config.precision == "bf16",
@@ -171,6 +198,10 @@ def training_arguments(config: TrainConfig, output: Path, may_skip_parameters: b
         ddp_find_unused_parameters=may_skip_parameters,
         **extra,
     )
+    if config.fsdp:
+        # parameters and their gradients travel as the float32 they are, and products are taken in 16 bits under
+        # autocast, as without shards; Accelerate's own policy would round decays, gradients and the loss to bf16
+        args.fsdp_plugin_args["mixed_precision_policy"] = MixedPrecisionPolicy()
     if args.n_gpu > 1:
         # several visible devices without torchrun: one is used, since replicating modules would split packed rows
         args._n_gpu = 1

@@ -1,7 +1,12 @@
-"""Text that is tokenised while it is read, with a small cursor that continues it exactly."""
+"""Text that is tokenised while it is read, in lanes, with a small cursor for each that continues it exactly.
 
-from collections.abc import Iterator
-from itertools import count, islice
+Lane l of n holds the documents l, l + n, l + 2n, … Their number belongs to the run and not to the ranks that share
+them, so that the rows are the same on any number of ranks.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -14,8 +19,62 @@ from training.store import tokenize
 ENCODED_AT_ONCE = 16
 
 
+class LaneReader:
+    """Deals the documents of one source to the lanes of one rank, reading each of them once an epoch.
+
+    Args:
+        lanes: those of this rank, out of `total`.
+        name: where the source stands in the configuration, for messages.
+    """
+
+    def __init__(self, source: SourceConfig, name: str, lanes: Iterable[int], total: int) -> None:
+        self.source, self.name, self.total = source, name, total
+        self.at = dict.fromkeys(lanes, (0, 0))  # epoch, and number of the lane's next document in it
+        self.passes: dict[int, _Pass] = {}
+
+    def seek(self, lane: int, epoch: int, number: int) -> None:
+        """Let a lane go on with document `number` of its own in an epoch."""
+        self.at[lane] = (epoch, number)
+        self.passes.clear()
+
+    def take(self, lane: int, most: int) -> list[str]:
+        """The next documents of a lane, fewer than `most` where its epoch ends."""
+        epoch, number = self.at[lane]
+        if epoch not in self.passes:
+            first = {one: begin if at == epoch else 0 for one, (at, begin) in self.at.items() if at <= epoch}
+            self.passes[epoch] = _Pass(iter_documents(self.source, self.name), first, self.total)
+        texts = self.passes[epoch].take(lane, most)
+        self.at[lane] = (epoch, number + len(texts))
+        return texts
+
+    def next_epoch(self, lane: int) -> None:
+        """Let a lane begin again; a reading that no lane is in any more is dropped."""
+        self.at[lane] = (self.at[lane][0] + 1, 0)
+        oldest = min(epoch for epoch, _ in self.at.values())
+        self.passes = {epoch: reading for epoch, reading in self.passes.items() if epoch >= oldest}
+
+
+class _Pass:
+    """One reading of a source: what was read and its lane has not yet taken waits in a queue."""
+
+    def __init__(self, documents: Iterator[str], first: dict[int, int], total: int) -> None:
+        self.documents, self.first, self.total = enumerate(documents), first, total
+        self.queues: dict[int, deque[str]] = {lane: deque() for lane in first}
+
+    def take(self, lane: int, most: int) -> list[str]:
+        queue = self.queues[lane]
+        while len(queue) < most:
+            index, text = next(self.documents, (None, ""))
+            if index is None:
+                break
+            number, owner = divmod(index, self.total)
+            if owner in self.queues and number >= self.first[owner]:
+                self.queues[owner].append(text)
+        return [queue.popleft() for _ in range(min(most, len(queue)))]
+
+
 class TokenStream:
-    """Packed rows of one source, endless. Rank r of n reads the documents r, r + n, r + 2n, …
+    """Packed rows of one lane of a source, endless.
 
     Documents are shuffled within blocks of `buffer`. The cursor names the epoch, the block's first document, the
     place in the block and the token in that document; seeking reads up to the block again without tokenising.
@@ -23,20 +82,18 @@ class TokenStream:
 
     def __init__(
         self,
-        source: SourceConfig,
+        reader: LaneReader,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        name: str,
         seed: list[int],
-        rank: int = 0,
-        world: int = 1,
+        lane: int = 0,
         buffer: int = 1000,
         add_bos: bool = False,
         add_eos: bool = True,
         split: bool = True,
     ) -> None:
-        self.source, self.tokenizer, self.name, self.seed = source, tokenizer, name, seed
-        self.rank, self.world, self.buffer = rank, world, buffer
+        self.reader, self.tokenizer, self.seed = reader, tokenizer, seed
+        self.lane, self.buffer = lane, buffer
         self.add_bos, self.add_eos, self.split = add_bos, add_eos, split
         self.seek({"epoch": 0, "block": 0, "place": 0, "token": 0})
 
@@ -48,14 +105,14 @@ class TokenStream:
         """Continue from a cursor."""
         self.epoch, self.block = cursor["epoch"], cursor["block"]
         self.place, self.token = cursor["place"], cursor["token"]
-        self.documents: Iterator[str] | None = None
+        self.reader.seek(self.lane, self.epoch, self.block)
         self.texts: list[str] | None = None
         self.encoded: dict[int, np.ndarray] = {}
 
     def row(self, length: int) -> Row:
         """The next `length` tokens.
 
-        Raises: ValueError if this rank's share of the source holds no document.
+        Raises: ValueError if this lane of the source holds no document.
         """
         pieces, left = [], length
         while left:
@@ -82,18 +139,17 @@ class TokenStream:
 
     def _read_block(self) -> None:
         for attempt in count():
-            if self.documents is None:
-                own = islice(iter_documents(self.source, self.name), self.rank, None, self.world)
-                self.documents = islice(own, self.block, None)
-            texts = list(islice(self.documents, self.buffer))
+            texts = self.reader.take(self.lane, self.buffer)
             if texts:
                 break
             if attempt or (self.epoch == 0 and self.block == 0):
+                source, name, lanes = self.reader.source, self.reader.name, self.reader.total
                 raise ValueError(
-                    f"{self.name} ({self.source.path or self.source.hub}) holds no text for rank {self.rank} of "
-                    f"{self.world}: add documents"
+                    f"{name} ({source.path or source.hub}) holds no text for lane {self.lane} of {lanes}: add "
+                    "documents, or lower data.lanes"
                 )
-            self.epoch, self.block, self.documents = self.epoch + 1, 0, None
+            self.epoch, self.block = self.epoch + 1, 0
+            self.reader.next_epoch(self.lane)
         order = np.random.default_rng([*self.seed, self.epoch, self.block]).permutation(len(texts))
         self.texts = [texts[i] for i in order]
         self.encoded = {}

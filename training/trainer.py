@@ -2,33 +2,32 @@
 
 import math
 import os
-import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors.torch import load_file
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
-    Trainer,
     TrainingArguments,
     set_seed,
 )
-from transformers.utils import logging as transformers_logging
 
+from models import HybridConfig
 from training import checkpoints, setup
 from training.callbacks import LogCallback, RetentionCallback
-from training.checkpoints import CheckpointError
 from training.config import TrainConfig, save_config
 from training.data import StepBatches, TrainingRows, check_data, plan_stages
+from training.flops import peak_flops, train_flops_per_token
 from training.rows import IGNORED, collate
+from training.saving import SavingTrainer
 from training.tokenizer import check_tokenizer_config
 
 
@@ -36,25 +35,44 @@ class NonFiniteLoss(RuntimeError):
     """The loss became NaN or infinite; the checkpoints written before are kept."""
 
 
-class HybridTrainer(Trainer):
+class HybridTrainer(SavingTrainer):
     """Trainer over `TrainingRows`.
 
     Batches are packed ([1, N] with cu_seqlens) and are a function of the step; the optimizer's groups come from
-    `model.parameter_groups`; checkpoints appear whole or not at all; a loss that is not finite ends the run.
+    `model.parameter_groups`; a loss that is not finite ends the run.
     """
 
     def __init__(self, config: TrainConfig, *, rows: TrainingRows, **kwargs: Any) -> None:
+        self.config, self.rows, self.keep = config, rows, config.checkpoint.keep
         super().__init__(train_dataset=rows, data_collator=collate, **kwargs)
         # the model divides by the predicted tokens of the whole step, which get_batch_samples counts
         self.model_accepts_loss_kwargs = True
-        self.config, self.rows = config, rows
         self.cursors: dict[str, Any] = {}
-        self.saving: Path | None = None
         device = self.args.device
-        # sums of loss, lm_loss, penalty and micro-batches since the last log entry; mps has no float64
-        self.sums = torch.zeros(4, dtype=torch.float64, device=device if device.type != "mps" else "cpu")
+        # this rank's shares of loss, lm_loss and penalty since the last log entry; mps has no float64
+        self.sums = torch.zeros(3, dtype=torch.float64, device=device if device.type != "mps" else "cpu")
         self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)
-        self.tokens, self.tokens_logged, self.time_logged = 0, 0, time.perf_counter()
+        self.micro_batches = 0
+        self.tokens, self.tokens_logged, self.time_logged, self.step_logged = 0, 0, time.perf_counter(), 0
+        self.flops: float | None = None  # of the peak, of all devices
+        if config.precision == "bf16" or config.log.peak_tflops is not None:
+            peak = peak_flops(device, config.log.peak_tflops) if self.args.should_save else None
+            self.flops = None if peak is None else peak * self.args.world_size
+        # micro-batches of a step over all ranks; they are of equal size
+        self.parts = self.args.gradient_accumulation_steps * self.args.world_size
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.config.fsdp and not self.is_fsdp_enabled:
+            # Accelerate shards only where it finds an accelerator, though all of it works on a CPU too
+            state = self.accelerator.state
+            state.distributed_type = DistributedType.FSDP
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            self.is_fsdp_enabled = True
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager:
+        # Accelerate puts autocast around a whole model only
+        return self.accelerator.autocast() if self.is_fsdp_enabled and self.args.bf16 else nullcontext()
 
     # ---- data and optimization ----
 
@@ -102,6 +120,11 @@ class HybridTrainer(Trainer):
     ) -> torch.Tensor:
         self.cursors = inputs.pop("cursors", self.cursors)
         self.tokens += inputs["input_ids"].numel() * self.args.world_size
+        # dropout depends on seed, place in the run and rank alone: a run that is resumed anywhere draws the same
+        place = [self.config.seed, self.state.global_step, self.micro_batches, self.args.process_index]
+        torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> np.uint64(1)))
+        last = self.micro_batches + 1 == self.args.gradient_accumulation_steps
+        self.micro_batches = 0 if last else self.micro_batches + 1
         return super().training_step(model, inputs, num_items_in_batch)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor:
@@ -120,12 +143,12 @@ class HybridTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         outputs = model(**inputs, num_items_in_batch=num_items_in_batch, use_cache=False)
-        penalty = outputs.aux_loss
-        seen = [outputs.loss, outputs.lm_loss, torch.zeros_like(outputs.loss) if penalty is None else penalty]
-        self.sums[:3] += torch.stack([x.detach().float() for x in seen]).to(self.sums)
-        self.sums[3] += 1
+        # the penalty is a mean over all tokens, of which every micro-batch has as many, whatever it predicts
+        penalty = torch.zeros_like(outputs.lm_loss) if outputs.aux_loss is None else outputs.aux_loss / self.parts
+        loss = outputs.lm_loss + penalty
+        self.sums += torch.stack([x.detach().float() for x in (loss, outputs.lm_loss, penalty)]).to(self.sums)
         # ranks average their gradients, while the loss was divided by the tokens of all ranks
-        loss = outputs.loss * self.args.world_size
+        loss = loss * self.args.world_size
         step = self.state.global_step + 1
         unseen = (self.first_bad < 0) & ~torch.isfinite(loss.detach())
         self.first_bad = torch.where(unseen, step, self.first_bad)
@@ -160,126 +183,60 @@ class HybridTrainer(Trainer):
         stage = next(s for s in self.rows.stages if self.state.global_step <= s.last)
         self.sums.zero_()
         # every micro-batch of every rank added its share to a step's loss
-        steps = sums[3] / (self.args.gradient_accumulation_steps * self.args.world_size)
-        self.tokens_logged, self.time_logged = self.tokens, now
+        steps = self.state.global_step - self.step_logged
+        self.tokens_logged, self.time_logged, self.step_logged = self.tokens, now, self.state.global_step
+        model = self.accelerator.unwrap_model(self.model)
+        used = {}
+        if self.flops is not None and isinstance(model.config, HybridConfig):
+            used = {"mfu": train_flops_per_token(model.config, stage.sequence_length) * speed / self.flops}
         return {
             "loss": sums[0] / steps,
             "lm_loss": sums[1] / steps,
-            "retention_penalty": sums[2] / sums[3],
-            **self.accelerator.unwrap_model(self.model).retention_report(),
+            "retention_penalty": sums[2] / steps,
+            **model.retention_report(),
             "sequence_length": stage.sequence_length,
             "tokens": self.tokens,
             "tokens_per_s": speed,
+            **used,
         }
 
     # ---- checkpoints ----
 
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self.saving or self.args.output_dir)
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        self.check_finite()
-        output, step = Path(self.args.output_dir), self.state.global_step
-        self.saving = output / checkpoints.SAVING
-        folder = self.saving / f"checkpoint-{step}"
-        try:
-            if self.args.should_save:
-                shutil.rmtree(self.saving, ignore_errors=True)
-                folder.mkdir(parents=True)
-            self.accelerator.wait_for_everyone()
-            with no_progress_bars():
-                super()._save_checkpoint(model, trial)
-            checkpoints.write_progress(folder, self.args.process_index, self._progress())
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                checkpoints.seal(folder)
-                checkpoints.publish(folder, output / folder.name)
-                checkpoints.rotate(output, self.config.checkpoint.keep)
-        except Exception as error:
-            raise save_failed(error, output / folder.name) from error
-        finally:
-            if self.args.should_save:
-                shutil.rmtree(self.saving, ignore_errors=True)
-            self.saving = None
-        self.accelerator.wait_for_everyone()
-
-    def _progress(self) -> dict[str, Any]:
-        return {"cursors": self.cursors, "tokens": self.tokens, "sums": self.sums.tolist()}
+    def progress(self) -> dict[str, Any]:
+        return {
+            "cursors": self.cursors,
+            "lanes": self.rows.lanes,
+            "tokens": self.tokens,
+            "sums": self.sums.tolist(),
+            "step_logged": self.step_logged,
+            "step_rows": [stage.step_rows for stage in self.rows.stages],
+        }
 
     def load_progress(self, folder: Path) -> None:
-        """Take up the running sums and the places in streamed sources from a checkpoint."""
-        progress = checkpoints.read_progress(folder, self.args.process_index)
-        self.sums = torch.tensor(progress["sums"], dtype=torch.float64, device=self.sums.device)
-        self.tokens = self.tokens_logged = progress["tokens"]
-        self.cursors = progress["cursors"]
-        self.rows.load_cursors(self.cursors)
+        """Take up the running sums and the places in streamed sources from a checkpoint of any number of ranks.
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        state = load_file(Path(resume_from_checkpoint) / "model.safetensors")
-        target = self.model if model is None else model
-        if self.is_fsdp_enabled:
-            set_model_state_dict(target, state, options=StateDictOptions(full_state_dict=True, strict=False))
-        else:
-            # names and shapes were checked before; only the second name of tied weights is not in the file
-            target.load_state_dict(state, strict=False)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or self.is_fsdp_enabled:
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        for target, name in ((self.optimizer, "optimizer.pt"), (self.lr_scheduler, "scheduler.pt")):
-            target.load_state_dict(torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True))
-
-    def save_final(self) -> None:
-        """Put the trained model and its tokenizer into the run's folder, file by file, each whole.
-
-        Raises: CheckpointError, with the newest checkpoint untouched.
+        Raises: ValueError if the rows of a step, or the lanes of streamed sources, were others.
         """
-        output = Path(self.args.output_dir)
-        folder = output / checkpoints.SAVING
-        try:
-            with no_progress_bars():
-                self.save_model(str(folder))
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                for file in sorted(folder.iterdir()):
-                    os.replace(file, output / file.name)
-        except Exception as error:
-            raise save_failed(error, output / "model.safetensors") from error
-        finally:
-            if self.args.should_save:
-                shutil.rmtree(folder, ignore_errors=True)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        # safetensors and JSON only: no pickled arguments beside the weights
-        folder = output_dir or self.args.output_dir
-        os.makedirs(folder, exist_ok=True)
-        self.accelerator.unwrap_model(self.model, keep_torch_compile=False).save_pretrained(
-            folder, state_dict=state_dict
-        )
-        self.processing_class.save_pretrained(folder)
-
-
-@contextmanager
-def no_progress_bars() -> Iterator[None]:
-    """Without the bars that transformers draws while saving: they would break the run's own."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
-
-
-def save_failed(error: Exception, target: Path) -> CheckpointError:
-    """The error of a checkpoint that could not be written, with what is left and what to do."""
-    older = [p for p in checkpoints.checkpoints(target.parent) if p != target and checkpoints.defect(p) is None]
-    left = f"{older[-1]} is whole and stays" if older else "there is no earlier checkpoint"
-    return CheckpointError(
-        f"{target} could not be saved ({type(error).__name__}: {error}): {left}; make room on the disk and start the "
-        "same command again"
-    )
+        ranks = checkpoints.read_progress(folder)
+        there, here = ranks[0] if ranks else {}, self.progress()
+        if there.keys() != here.keys():
+            raise ValueError(f"the checkpoint {folder} was written by another version of this program: start anew")
+        if there["step_rows"] != here["step_rows"]:
+            raise ValueError(
+                f"the checkpoint {folder} was made with {there['step_rows']} rows a step (by stage), now they are "
+                f"{here['step_rows']}: change batch.accumulation so that they agree, or use batch.tokens_per_step"
+            )
+        if self.rows.streams and there["lanes"] != here["lanes"]:
+            raise ValueError(
+                f"the checkpoint {folder} read its streams in {there['lanes']} lanes, now there are {here['lanes']}: "
+                "continue with as many ranks, or set data.lanes from the start"
+            )
+        if self.args.process_index == 0:
+            self.sums += torch.tensor([rank["sums"] for rank in ranks], dtype=torch.float64).sum(0).to(self.sums)
+        self.step_logged = there["step_logged"]
+        self.tokens = self.tokens_logged = there["tokens"]
+        self.cursors = {lane: cursor for rank in ranks for lane, cursor in rank["cursors"].items()}
+        self.rows.load_cursors(self.cursors)
 
 
 def cosine(step: int, steps: int, warmup: int, floor: float) -> float:
@@ -311,12 +268,21 @@ def train(
         return output
     model_settings = setup.model_config(config)
     build = build or setup.build_model
+    sequences, accumulation = setup.split_batch(config, setup.world_size())
     stages = plan_stages(
-        config.data, config.needles, config.curriculum, steps=config.steps, sequences=config.batch.sequences
+        config.data,
+        config.needles,
+        config.curriculum,
+        steps=config.steps,
+        sequences=sequences,
+        parts=accumulation * setup.world_size(),
+        tokens_per_step=config.batch.tokens_per_step,
     )
     check_data(config.data, stages)
     check_tokenizer_config(config.tokenizer)
-    args = setup.training_arguments(config, output, may_skip_parameters=model_settings.keep_all_steps > 0)
+    args = setup.training_arguments(
+        config, output, accumulation=accumulation, may_skip_parameters=model_settings.keep_all_steps > 0
+    )
     with args.main_process_first(desc="tokenise"):
         tokenizer = setup.make_tokenizer(config, output, save=args.should_save)
         rows = TrainingRows(
@@ -349,6 +315,9 @@ def _run(
 ) -> Path:
     if args.should_save:
         save_config(config, output / "config.yaml")
+    if config.gradient_checkpointing:
+        # by the model itself, which restores dropout's random numbers; what Accelerate wraps around shards doesn't
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     args.use_cache = bool(getattr(model.config, "use_cache", True))
     log = LogCallback(output / "log.jsonl", config.log.progress)
     trainer = HybridTrainer(

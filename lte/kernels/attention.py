@@ -21,6 +21,7 @@ from torch import Tensor
 from lte.kernels.attention_backward import attention_backward
 from lte.kernels.columns import (
     Geometry,
+    Schedule,
     Tile,
     block_tokens,
     build_schedule,
@@ -51,7 +52,7 @@ class Tiles:
 
 HALF_TILES = {
     32: Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 64, 4, 3)),
-    64: Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 3, 128), Tile(64, 64, 4, 3)),
+    64: Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 3, 128), Tile(32, 64, 4, 3)),
     128: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
     256: Tiles(Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
 }
@@ -84,7 +85,8 @@ def _forward_kernel(
     q_ptr, k_ptr, v_ptr, end_ptr, plan_ptr, columns_ptr, out_ptr, lse_ptr, q_b, q_t, q_h, k_b, k_t, k_h,
     v_b, v_t, v_h, tokens, keys, offset, first, window, blocks, spans, capacity, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PAD_DIM: tl.constexpr, ROWS: tl.constexpr,
-    KEYS: tl.constexpr, SPAN: tl.constexpr, HAS_COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    KEYS: tl.constexpr, SPAN: tl.constexpr, HAS_COLUMNS: tl.constexpr, OFF_BY_ONE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     heads = tl.num_programs(0) // blocks
     n = (tl.program_id(0) % heads).to(tl.int64)
@@ -97,8 +99,8 @@ def _forward_kernel(
     columns_ptr += (n * spans + block // SPAN) * capacity
     pad, slot_tiles = tile_shift(offset, KEYS)
     t_first, t_last = block_tokens(block, tokens, GROUP, ROWS)
-    lo, full, diagonal, stop, full_columns, columns = read_plan(
-        plan_ptr + (n * blocks + block) * 4, t_first, t_last, offset, first, window, slot_tiles, KEYS
+    lo, full, diagonal, stop, full_columns, lasting, passing = read_plan(
+        plan_ptr + (n * blocks + block) * 5, t_first, t_last, offset, first, window, slot_tiles, KEYS
     )
 
     row = block * ROWS + tl.arange(0, ROWS)
@@ -109,6 +111,9 @@ def _forward_kernel(
     acc = tl.zeros([ROWS, PAD_DIM], tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     peak = tl.full([ROWS], float("-inf"), tl.float32)
+    if OFF_BY_ONE:  # every query has seen a key of score 0 and value 0
+        total += 1.0
+        peak = tl.zeros([ROWS], tl.float32)
     lane = tl.arange(0, KEYS)
 
     if HAS_COLUMNS:
@@ -120,11 +125,12 @@ def _forward_kernel(
         start = (tile * KEYS - pad).to(tl.int64)
         k, v = load_key_tile(k_ptr + start * k_t, v_ptr + start * v_t, lane, k_t, v_t, None, DIM, PAD_DIM, False)
         acc, total, peak = _softmax_step(acc, total, peak, q, k, v, i, lane, lane, scale, False, PRECISION)
-    columns_left = tl.cdiv(columns - full_columns, KEYS)
+    columns_left = tl.cdiv(lasting + passing - full_columns, KEYS)
     for step in range(0, columns_left + full - lo + stop - diagonal):
         j, inside, e = masked_tile(
-            step, columns_left, full - lo, lo, diagonal, pad, columns_ptr, full_columns, columns, end_ptr, keys, KEYS
-        )
+            step, columns_left, full - lo, lo, diagonal, pad, columns_ptr, full_columns, lasting, passing, capacity,
+            end_ptr, keys, KEYS,
+        )  # fmt: skip
         k, v = load_key_tile(k_ptr, v_ptr, j.to(tl.int64), k_t, v_t, inside, DIM, PAD_DIM, True)
         acc, total, peak = _softmax_step(acc, total, peak, q, k, v, i, j, e, scale, True, PRECISION)
 
@@ -189,21 +195,21 @@ def _choose_tiles(q: Tensor) -> Tiles:
     return tiles
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, end_NS: Tensor, sizes: Geometry, tiles: Tiles) -> tuple[Tensor, Tensor]:
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, end_NS: Tensor, sizes: Geometry, tile: Tile, plan: Schedule
+) -> tuple[Tensor, Tensor]:
     """Output [B, T, Q, D] and the base-2 logarithm of each row's softmax sum, +inf where a row sees no key."""
-    tile = tiles.forward
     heads = sizes.batch * sizes.heads
-    plan = build_schedule(end_NS, sizes, tile, span_tokens=tiles.span_tokens, scan=tiles.scan)
-    blocks = plan.plan_NQ4.shape[1]
+    blocks = plan.plan_NQ5.shape[1]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse_NR = torch.empty(heads, sizes.tokens * sizes.group, dtype=torch.float32, device=q.device)
     _forward_kernel[(blocks * heads,)](
-        q, k, v, end_NS, plan.plan_NQ4, plan.columns_NPS, out, lse_NR,
+        q, k, v, end_NS, plan.plan_NQ5, plan.columns_NPS, out, lse_NR,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         sizes.tokens, sizes.keys, sizes.offset, sizes.first, sizes.window,
         blocks, *plan.columns_NPS.shape[1:], sizes.scale * LOG2E,
         **sizes.constants(), ROWS=tile.rows, KEYS=tile.keys, SPAN=plan.span, HAS_COLUMNS=sizes.has_columns,
-        **tile.options(),
+        OFF_BY_ONE=sizes.off_by_one, **tile.options(),
     )  # fmt: skip
     return out, lse_NR
 
@@ -212,9 +218,10 @@ class _IntervalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, end_NS, sizes, tiles):
         with _on_device(q):
-            out, lse_NR = _forward(q, k, v, end_NS, sizes, tiles)
+            plan = build_schedule(end_NS, sizes, tiles.forward, span_tokens=tiles.span_tokens, scan=tiles.scan)
+            out, lse_NR = _forward(q, k, v, end_NS, sizes, tiles.forward, plan)
         ctx.save_for_backward(q, k, v, out, lse_NR, end_NS)
-        ctx.sizes, ctx.tiles = sizes, tiles
+        ctx.sizes, ctx.tiles, ctx.plan = sizes, tiles, plan
         return out
 
     @staticmethod
@@ -232,6 +239,7 @@ class _IntervalAttention(torch.autograd.Function):
                 lse_NR,
                 end_NS,
                 ctx.sizes,
+                ctx.plan,
                 query_tile=tiles.query,
                 key_tile=tiles.key,
                 span_tokens=tiles.span_tokens,
@@ -257,6 +265,7 @@ def interval_attention(
     *,
     window: int,
     scale: float | None = None,
+    off_by_one: bool = False,
     offset: int | None = None,
     tiles: Tiles | None = None,
 ) -> Tensor:
@@ -272,6 +281,7 @@ def interval_attention(
         window: keys up to this distance before a query (its own counted) are read as contiguous tiles, others one
             by one if they live longer. It decides the speed, never the result.
         scale: factor of the scores; None: D ** -0.5.
+        off_by_one: with 1 added to the softmax's denominator (arXiv 2309.17453, equation 2).
         offset: keys below it are cache slots, whose ends have nothing to do with their place; None: S − T.
         tiles: tile shapes; None: the fixed table's entry for head_dim and dtype.
 
@@ -296,6 +306,7 @@ def interval_attention(
         window=min(window, keys),
         scale=scale,
         single=q.dtype == torch.float32,
+        off_by_one=off_by_one,
     )
     end_NS = end.transpose(1, 2).contiguous().view(batch * heads, keys)
     q, k, v = (_unit_stride(x) for x in (q, k, v))

@@ -14,6 +14,7 @@ from torch import Tensor
 from lte.kernels.columns import (
     BIG,
     Geometry,
+    Schedule,
     Tile,
     block_tokens,
     build_schedule,
@@ -61,8 +62,8 @@ def _query_kernel(
     columns_ptr += (n * spans + block // SPAN) * capacity
     pad, slot_tiles = tile_shift(offset, KEYS)
     t_first, t_last = block_tokens(block, tokens, GROUP, ROWS)
-    lo, full, diagonal, stop, full_columns, columns = read_plan(
-        plan_ptr + (n * blocks + block) * 4, t_first, t_last, offset, first, window, slot_tiles, KEYS
+    lo, full, diagonal, stop, full_columns, lasting, passing = read_plan(
+        plan_ptr + (n * blocks + block) * 5, t_first, t_last, offset, first, window, slot_tiles, KEYS
     )
 
     row = block * ROWS + tl.arange(0, ROWS)
@@ -90,11 +91,12 @@ def _query_kernel(
         start = (tile * KEYS - pad).to(tl.int64)
         k, v = load_key_tile(k_ptr + start * k_t, v_ptr + start * v_t, lane, k_t, v_t, None, DIM, PAD_DIM, False)
         dq = _query_step(dq, q, do, k, v, i, lane, lane, lse, delta, scale_log2, False, PRECISION)
-    columns_left = tl.cdiv(columns - full_columns, KEYS)
+    columns_left = tl.cdiv(lasting + passing - full_columns, KEYS)
     for step in range(0, columns_left + full - lo + stop - diagonal):
         j, inside, e = masked_tile(
-            step, columns_left, full - lo, lo, diagonal, pad, columns_ptr, full_columns, columns, end_ptr, keys, KEYS
-        )
+            step, columns_left, full - lo, lo, diagonal, pad, columns_ptr, full_columns, lasting, passing, capacity,
+            end_ptr, keys, KEYS,
+        )  # fmt: skip
         k, v = load_key_tile(k_ptr, v_ptr, j.to(tl.int64), k_t, v_t, inside, DIM, PAD_DIM, True)
         dq = _query_step(dq, q, do, k, v, i, j, e, lse, delta, scale_log2, True, PRECISION)
 
@@ -320,13 +322,17 @@ def attention_backward(
     lse_NR: Tensor,
     end_NS: Tensor,
     sizes: Geometry,
+    plan: Schedule,
     *,
     query_tile: Tile,
     key_tile: Tile,
     span_tokens: int,
     scan: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv from the forward pass's tensors; `lse_NR` is in base 2, +inf where a row sees no key."""
+    """dq, dk, dv from the forward pass's tensors; `lse_NR` is in base 2, +inf where a row sees no key.
+
+    `plan` is the forward pass's schedule, used again as far as the tiles agree.
+    """
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3])
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
@@ -336,10 +342,12 @@ def attention_backward(
     scales = (sizes.scale * LOG2E, sizes.scale)
     heads = sizes.batch * sizes.heads
 
-    plan = build_schedule(end_NS, sizes, query_tile, span_tokens=span_tokens, scan=scan)
-    blocks = plan.plan_NQ4.shape[1]
+    columns = plan.columns
+    if not plan.fits(query_tile):
+        plan = build_schedule(end_NS, sizes, query_tile, span_tokens=span_tokens, scan=scan)
+    blocks = plan.plan_NQ5.shape[1]
     _query_kernel[(blocks * heads,)](
-        q, k, v, end_NS, plan.plan_NQ4, plan.columns_NPS, out, do, lse_NR, delta_NR, dq,
+        q, k, v, end_NS, plan.plan_NQ5, plan.columns_NPS, out, do, lse_NR, delta_NR, dq,
         *strides, *border, blocks, *plan.columns_NPS.shape[1:], *scales,
         **sizes.constants(), ROWS=query_tile.rows, KEYS=query_tile.keys, SPAN=plan.span,
         HAS_COLUMNS=sizes.has_columns, **query_tile.options(),
@@ -351,8 +359,10 @@ def attention_backward(
     slots = max(column_tiles // 2, 1)
     numbers = (*border, tiles, slots, *scales, heads)
     options = dict(sizes.constants(), ROWS=key_tile.rows, KEYS=width, **key_tile.options())
-    if sizes.has_columns:
-        columns_NS, prefix_NK1 = list_columns(end_NS, sizes, width, scan=scan)
+    if columns is not None:
+        if columns.width != width:
+            columns = list_columns(end_NS, sizes, width, scan=scan)
+        columns_NS, prefix_NK1 = columns.columns_NS, columns.prefix_NK1
         partial = torch.empty(heads, slots, 2, width, sizes.dim, dtype=torch.float32, device=q.device)
         grads = (do, lse_NR, delta_NR, dk, dv, partial)
         _column_kernel[(column_tiles * heads,)](

@@ -45,6 +45,7 @@ class Geometry:
     window: int
     scale: float
     single: bool
+    off_by_one: bool = False
 
     @property
     def first(self) -> int:
@@ -64,19 +65,43 @@ class Geometry:
 
 
 @dataclass(frozen=True)
+class Columns:
+    """All columns of every head.
+
+    columns_NS: int32: ascending indices of the keys that are columns.
+    prefix_NK1: int32: columns before each key tile, then all.
+    width: keys of a tile.
+    """
+
+    columns_NS: Tensor
+    prefix_NK1: Tensor
+    width: int
+
+
+@dataclass(frozen=True)
 class Schedule:
     """What each query block of the forward (and dq) kernel reads.
 
-    plan_NQ4: int32: first near tile with a live key, first near tile that needs no mask, number of leading
-        columns that need no mask, number of columns.
-    columns_NPS: int32: per span of query blocks, the ascending indices of the keys that can still be seen there
-        and lie before the near tiles.
+    plan_NQ5: int32: first near tile with a live key, first near tile that needs no mask, number of leading
+        columns read without a mask, number of lasting columns, number of passing ones.
+    columns_NPS: int32: per span of query blocks, the indices of the keys that can be seen there and lie before the
+        near tiles: from the front those that last to the end of the span, ascending; from the back those that pass
+        within it, ascending too.
     span: query blocks in a span.
+    rows, keys: of the tiles that it was made for.
+    columns: all columns; None where near tiles cover every key.
     """
 
-    plan_NQ4: Tensor
+    plan_NQ5: Tensor
     columns_NPS: Tensor
     span: int
+    rows: int
+    keys: int
+    columns: Columns | None
+
+    def fits(self, tile: Tile) -> bool:
+        """Whether a kernel with these tiles can follow it."""
+        return (self.rows, self.keys) == (tile.rows, tile.keys)
 
 
 @triton.jit
@@ -144,15 +169,15 @@ def load_key_tile(k_ptr, v_ptr, j, stride_k, stride_v, inside, DIM, PAD_DIM: tl.
 
 @triton.jit
 def masked_tile(
-    step, columns_left, near_left, plan_lo, diagonal, pad, columns_ptr, column_from, columns, end_ptr,
-    keys,
-    KEYS: tl.constexpr,
+    step, columns_left, near_left, plan_lo, diagonal, pad, columns_ptr, full_columns, lasting, passing, capacity,
+    end_ptr, keys, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Indices and ends of the keys of one masked tile: first the columns, then both rims of the near tiles."""
     lane = tl.arange(0, KEYS)
     is_column = step < columns_left
-    at = column_from + step * KEYS + lane
-    gathered = tl.load(columns_ptr + at, mask=at < tl.where(is_column, columns, 0), other=keys)
+    rank = full_columns + step * KEYS + lane
+    at = tl.where(rank < lasting, rank, capacity - 1 - (rank - lasting))
+    gathered = tl.load(columns_ptr + at, mask=rank < tl.where(is_column, lasting + passing, 0), other=keys)
     near = step - columns_left
     tile = tl.where(near < near_left, plan_lo + near, diagonal + near - near_left)
     j = tl.where(is_column, gathered, tile * KEYS - pad + lane)
@@ -162,20 +187,21 @@ def masked_tile(
 
 @triton.jit
 def read_plan(plan_ptr, t_first, t_last, offset, first, window, pad_tiles, KEYS: tl.constexpr):
-    """Bounds of the loops: columns without and with mask, and the near tiles [lo, full, diagonal, stop)."""
+    """Bounds of the loops: the near tiles [lo, full, diagonal, stop), and how many columns there are of each kind."""
     lo = tl.load(plan_ptr)
     full = tl.load(plan_ptr + 1)
     full_columns = tl.load(plan_ptr + 2)
-    columns = tl.load(plan_ptr + 3)
+    lasting = tl.load(plan_ptr + 3)
+    passing = tl.load(plan_ptr + 4)
     _, diagonal, stop = near_tiles(t_first, t_last, offset, first, window, pad_tiles, KEYS)
-    return lo, full, tl.maximum(diagonal, lo), stop, full_columns, columns
+    return lo, full, tl.maximum(diagonal, lo), stop, full_columns, lasting, passing
 
 
-@triton.jit(do_not_specialize=["tokens", "keys", "offset", "first", "window", "blocks"])
+@triton.jit(do_not_specialize=["tokens", "keys", "offset", "first", "window", "blocks", "tiles"])
 def _schedule_kernel(
-    end_ptr, plan_ptr, columns_ptr, tokens, keys, offset, first, window, blocks,
+    end_ptr, all_ptr, prefix_ptr, plan_ptr, columns_ptr, tokens, keys, offset, first, window, blocks, tiles, capacity,
     GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SPAN: tl.constexpr, SCAN: tl.constexpr,
-    HAS_COLUMNS: tl.constexpr,
+    LIST: tl.constexpr, HAS_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     span = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
@@ -188,49 +214,68 @@ def _schedule_kernel(
     first_near, _, _ = near_tiles(span_first, span_last, offset, first, window, slot_tiles, KEYS)
     last_first, last_last = block_tokens(last_block, tokens, GROUP, ROWS)
     last_near, _, last_stop = near_tiles(last_first, last_last, offset, first, window, slot_tiles, KEYS)
+    end_ptr += head * keys
+
+    lasting = tl.zeros([SPAN], tl.int32)
+    passing = tl.zeros([SPAN], tl.int32)
+    if HAS_COLUMNS:
+        all_ptr += head * keys
+        prefix_ptr += head * (tiles + 1)
+        columns_ptr += (head * tl.num_programs(0) + span) * capacity
+        shared = tl.load(prefix_ptr + first_near)  # columns before the near tiles of every block of the span
+        listed = tl.load(prefix_ptr + last_near)
+        front = 0
+        back = capacity - 1
+        for at0 in range(0, listed, LIST):
+            at = at0 + tl.arange(0, LIST)
+            j = tl.load(all_ptr + at, mask=at < listed, other=0)
+            e = tl.minimum(tl.load(end_ptr + j, mask=at < listed, other=0), keys)
+            lasts = (e > first + last_last).to(tl.int32)
+            passes = (e > first + span_first).to(tl.int32) - lasts
+            tl.store(columns_ptr + front + tl.cumsum(lasts, 0) - lasts, j, mask=lasts > 0)
+            tl.store(columns_ptr + back - (tl.cumsum(passes, 0) - passes), j, mask=passes > 0)
+            front += tl.sum(lasts, 0)
+            back -= tl.sum(passes, 0)
+            if at0 + LIST <= shared:
+                lasting += tl.sum(lasts, 0)
+                passing += tl.sum(passes, 0)
+            else:
+                before = ((j + pad) // KEYS)[None, :] < near[:, None]
+                lasting += tl.sum(tl.where(before, lasts[None, :], 0), 1)
+                passing += tl.sum(tl.where(before, passes[None, :], 0), 1)
 
     live_from = stop
     full_from = near
-    count = tl.zeros([SPAN], tl.int32)
-    lowest = tl.full([SPAN], BIG, tl.int32)
-    total = 0
-    columns_ptr += (head * tl.num_programs(0) + span) * keys
-    for tile0 in range(0, last_stop, SCAN):
+    for tile0 in range(first_near, last_stop, SCAN):
         tile = tile0 + tl.arange(0, SCAN)
         j = tile[:, None] * KEYS - pad + tl.arange(0, KEYS)[None, :]
         inside = (j >= 0) & (j < keys)
-        e = tl.minimum(tl.load(end_ptr + head * keys + j, mask=inside, other=0), keys)
-        if HAS_COLUMNS:
-            column = inside & (tile < last_near)[:, None] & (e > first + span_first)
-            column = column & is_column(j, e, offset, first, window)
-            rank, per_tile = rank_columns(column)
-            tl.store(columns_ptr + total + rank, j, mask=column)
-            total += tl.sum(per_tile, 0)
-            low = tl.min(tl.where(column, e, BIG), 1)
-            if tile0 + SCAN <= first_near:  # columns of every block of the span
-                count += tl.sum(per_tile, 0)
-                lowest = tl.minimum(lowest, tl.min(low, 0))
-            else:
-                before = tile[None, :] < near[:, None]
-                count += tl.sum(tl.where(before, per_tile[None, :], 0), 1)
-                lowest = tl.minimum(lowest, tl.min(tl.where(before, low[None, :], BIG), 1))
-        if tile0 + SCAN > first_near:
-            max_end = tl.max(e, 1)
-            min_end = tl.min(tl.where(inside, e, BIG), 1)
-            is_near = (tile[None, :] >= near[:, None]) & (tile[None, :] < stop[:, None])
-            live = is_near & (max_end[None, :] > (first + t_first)[:, None])
-            live_from = tl.minimum(live_from, tl.min(tl.where(live, tile[None, :], BIG), 1))
-            cut = is_near & (min_end[None, :] <= (first + t_last)[:, None]) & (tile[None, :] < diagonal[:, None])
-            full_from = tl.maximum(full_from, tl.max(tl.where(cut, tile[None, :] + 1, 0), 1))
+        e = tl.minimum(tl.load(end_ptr + j, mask=inside, other=0), keys)
+        max_end = tl.max(e, 1)
+        min_end = tl.min(tl.where(inside, e, BIG), 1)
+        is_near = (tile[None, :] >= near[:, None]) & (tile[None, :] < stop[:, None])
+        live_tile = is_near & (max_end[None, :] > (first + t_first)[:, None])
+        live_from = tl.minimum(live_from, tl.min(tl.where(live_tile, tile[None, :], BIG), 1))
+        cut = is_near & (min_end[None, :] <= (first + t_last)[:, None]) & (tile[None, :] < diagonal[:, None])
+        full_from = tl.maximum(full_from, tl.max(tl.where(cut, tile[None, :] + 1, 0), 1))
 
     full_from = tl.minimum(tl.maximum(full_from, live_from), tl.maximum(diagonal, live_from))
-    full_columns = tl.where(lowest > first + t_last, count // KEYS * KEYS, 0)
-    plan_ptr += (head * blocks + block) * 4
+    plan_ptr += (head * blocks + block) * 5
     store = block < blocks
     tl.store(plan_ptr, live_from, mask=store)
     tl.store(plan_ptr + 1, full_from, mask=store)
-    tl.store(plan_ptr + 2, full_columns, mask=store)
-    tl.store(plan_ptr + 3, count, mask=store)
+    tl.store(plan_ptr + 2, lasting // KEYS * KEYS, mask=store)
+    tl.store(plan_ptr + 3, lasting, mask=store)
+    tl.store(plan_ptr + 4, passing, mask=store)
+
+
+@triton.jit
+def _columns_of(end_ptr, tile, pad, keys, offset, first, window, KEYS: tl.constexpr):
+    """Indices of the keys of these tiles, and which are columns."""
+    j = tile[:, None] * KEYS - pad + tl.arange(0, KEYS)[None, :]
+    inside = (j >= 0) & (j < keys)
+    e = tl.minimum(tl.load(end_ptr + j, mask=inside, other=0), keys)
+    return j, inside & is_column(j, e, offset, first, window)
 
 
 @triton.jit(do_not_specialize=["keys", "offset", "first", "window", "tiles"])
@@ -238,57 +283,64 @@ def _columns_kernel(
     end_ptr, columns_ptr, prefix_ptr, keys, offset, first, window, tiles,
     KEYS: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0).to(tl.int64)
-    pad, _ = tile_shift(offset, KEYS)
-    total = 0
+    """A program lists SCAN tiles; where its list begins it finds by counting all that come before."""
+    head = tl.program_id(1).to(tl.int64)
+    own = tl.program_id(0) * SCAN
+    pad, _slot_tiles = tile_shift(offset, KEYS)
+    end_ptr += head * keys
     prefix_ptr += head * (tiles + 1)
-    for tile0 in range(0, tiles, SCAN):
-        tile = tile0 + tl.arange(0, SCAN)
-        j = tile[:, None] * KEYS - pad + tl.arange(0, KEYS)[None, :]
-        inside = (j >= 0) & (j < keys)
-        e = tl.minimum(tl.load(end_ptr + head * keys + j, mask=inside, other=0), keys)
-        column = inside & is_column(j, e, offset, first, window)
-        rank, per_tile = rank_columns(column)
-        tl.store(columns_ptr + head * keys + total + rank, j, mask=column)
-        tl.store(prefix_ptr + tile, total + tl.cumsum(per_tile, 0) - per_tile, mask=tile < tiles)
-        total += tl.sum(per_tile, 0)
-    tl.store(prefix_ptr + tiles, total)
+    total = 0
+    for tile0 in range(0, own, SCAN):
+        _earlier, before = _columns_of(end_ptr, tile0 + tl.arange(0, SCAN), pad, keys, offset, first, window, KEYS)
+        total += tl.sum(tl.sum(before.to(tl.int32), 1), 0)
+    tile = own + tl.arange(0, SCAN)
+    j, column = _columns_of(end_ptr, tile, pad, keys, offset, first, window, KEYS)
+    rank, per_tile = rank_columns(column)
+    tl.store(columns_ptr + head * keys + total + rank, j, mask=column)
+    tl.store(prefix_ptr + tile, total + tl.cumsum(per_tile, 0) - per_tile, mask=tile < tiles)
+    if own + SCAN >= tiles:
+        tl.store(prefix_ptr + tiles, total + tl.sum(per_tile, 0))
 
 
 def build_schedule(end_NS: Tensor, sizes: Geometry, tile: Tile, *, span_tokens: int, scan: int) -> Schedule:
-    """Schedule of all query blocks; one launch, no host synchronisation.
+    """Schedule of all query blocks; two launches, no host synchronisation.
 
     A span covers at least `span_tokens` tokens, and there are at most head_dim of them: the lists take no more
     memory than k and v do in bfloat16. `scan` is the number of keys looked at in one step.
     """
+    columns = list_columns(end_NS, sizes, tile.keys, scan=scan) if sizes.has_columns else None
     blocks = triton.cdiv(sizes.tokens * sizes.group, tile.rows)
     wanted = max(triton.cdiv(span_tokens * sizes.group, tile.rows), triton.cdiv(blocks, sizes.dim))
     span = triton.next_power_of_2(wanted)
     spans = triton.cdiv(blocks, span)
     heads, capacity = end_NS.shape[0], sizes.keys if sizes.has_columns else 1
-    plan_NQ4 = torch.empty(heads, blocks, 4, dtype=torch.int32, device=end_NS.device)
+    plan_NQ5 = torch.empty(heads, blocks, 5, dtype=torch.int32, device=end_NS.device)
     columns_NPS = torch.empty(heads, spans, capacity, dtype=torch.int32, device=end_NS.device)
+    # without columns neither list is read
+    listed = (end_NS, end_NS) if columns is None else (columns.columns_NS, columns.prefix_NK1)
     _schedule_kernel[(spans, heads)](
-        end_NS, plan_NQ4, columns_NPS,
-        sizes.tokens, sizes.keys, sizes.offset, sizes.first, sizes.window, blocks,
-        GROUP=sizes.group, ROWS=tile.rows, KEYS=tile.keys, SPAN=span, SCAN=max(1, scan // tile.keys),
-        HAS_COLUMNS=sizes.has_columns, num_warps=8,
+        end_NS, *listed, plan_NQ5, columns_NPS,
+        sizes.tokens, sizes.keys, sizes.offset, sizes.first, sizes.window, blocks, _key_tiles(sizes, tile.keys),
+        capacity, GROUP=sizes.group, ROWS=tile.rows, KEYS=tile.keys, SPAN=span, SCAN=max(1, scan // 4 // tile.keys),
+        LIST=max(16, scan // 4), HAS_COLUMNS=sizes.has_columns, num_warps=4,
     )  # fmt: skip
-    return Schedule(plan_NQ4, columns_NPS, span)
+    return Schedule(plan_NQ5, columns_NPS, span, tile.rows, tile.keys, columns)
 
 
-def list_columns(end_NS: Tensor, sizes: Geometry, width: int, *, scan: int) -> tuple[Tensor, Tensor]:
-    """(columns_NS, prefix_NK1): all columns of a head in ascending order; columns before each key tile, then all.
+def _key_tiles(sizes: Geometry, width: int) -> int:
+    """Tiles of `width` keys."""
+    return triton.cdiv(sizes.keys + -sizes.offset % width, width)
 
-    Key tiles are `width` keys wide.
-    """
-    heads = end_NS.shape[0]
-    tiles = triton.cdiv(sizes.keys + -sizes.offset % width, width)
+
+def list_columns(end_NS: Tensor, sizes: Geometry, width: int, *, scan: int) -> Columns:
+    """All columns of every head; key tiles are `width` keys wide."""
+    heads, tiles = end_NS.shape[0], _key_tiles(sizes, width)
     columns_NS = torch.empty(heads, sizes.keys, dtype=torch.int32, device=end_NS.device)
     prefix_NK1 = torch.empty(heads, tiles + 1, dtype=torch.int32, device=end_NS.device)
-    _columns_kernel[(heads,)](
+    at_once = max(1, scan // width)
+    _columns_kernel[(triton.cdiv(tiles, at_once), heads)](
         end_NS, columns_NS, prefix_NK1,
         sizes.keys, sizes.offset, sizes.first, sizes.window, tiles,
-        KEYS=width, SCAN=max(1, scan // width), num_warps=8,
+        KEYS=width, SCAN=at_once, num_warps=8,
     )  # fmt: skip
-    return columns_NS, prefix_NK1
+    return Columns(columns_NS, prefix_NK1, width)

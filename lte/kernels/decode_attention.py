@@ -50,7 +50,7 @@ def _split_kernel(
     q_ptr, cos_ptr, sin_ptr, k_ptr, v_ptr, marks_ptr, part_ptr, stats_ptr, counter_ptr, seen_ptr, out_ptr,
     q_b, q_h, k_b, k_h, k_s, v_b, v_h, v_s, m_b, m_h, m_s, keys, above, share, splits, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, PAD_GROUP: tl.constexpr, DIM: tl.constexpr, PAD_DIM: tl.constexpr,
-    BLOCK: tl.constexpr, PAD_SPLITS: tl.constexpr, ROTARY: tl.constexpr,
+    BLOCK: tl.constexpr, PAD_SPLITS: tl.constexpr, ROTARY: tl.constexpr, OFF_BY_ONE: tl.constexpr,
     ADVANCE: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
@@ -73,6 +73,9 @@ def _split_kernel(
     acc = tl.zeros([PAD_GROUP, PAD_DIM], tl.float32)
     total = tl.zeros([PAD_GROUP], tl.float32)
     peak = tl.full([PAD_GROUP], float("-inf"), tl.float32)
+    if OFF_BY_ONE:  # the first program of a head has seen a key of score 0 and value 0
+        total = tl.where(split == 0, total + 1.0, total)
+        peak = tl.where(split == 0, 0.0, peak)
     for start in range(split * share, min(keys, (split + 1) * share), BLOCK):
         slot = start + tl.arange(0, BLOCK)
         inside = slot < keys
@@ -159,6 +162,7 @@ def decode_attention(
     *,
     above: int = -1,
     scale: float | None = None,
+    off_by_one: bool = False,
     rotary: tuple[Tensor, Tensor] | None = None,
     counter: Tensor | None = None,
     seen_B: Tensor | None = None,
@@ -171,6 +175,7 @@ def decode_attention(
         k_BHSD, v_BHSD: of q's dtype, any strides but unit in D.
         marks_BHS: integers, such as the slots' positions, -1 where they hold nothing.
         scale: factor of the scores; D ** -0.5 by default.
+        off_by_one: with 1 added to the softmax's denominator (arXiv 2309.17453, equation 2).
         rotary: cos and sin, D / 2 contiguous float32 numbers a row, to rotate q by.
         counter: [B * H] int32 zeros, which the kernel uses up; None: made here.
         seen_B: int64 counts that go up by one.
@@ -201,7 +206,8 @@ def decode_attention(
             keys, above, share, splits, (dim**-0.5 if scale is None else scale) * LOG2E,
             HEADS=heads, GROUP=group, PAD_GROUP=max(16, triton.next_power_of_2(group)), DIM=dim,
             PAD_DIM=pad_dim, BLOCK=block, PAD_SPLITS=triton.next_power_of_2(splits), ROTARY=rotary is not None,
-            ADVANCE=seen_B is not None, PRECISION="ieee" if q_BND.dtype == torch.float32 else "tf32", OVERLAP=overlap,
+            OFF_BY_ONE=off_by_one, ADVANCE=seen_B is not None,
+            PRECISION="ieee" if q_BND.dtype == torch.float32 else "tf32", OVERLAP=overlap,
             **launch_options(overlap, warps=4),
         )  # fmt: skip
     return out_BND

@@ -104,6 +104,12 @@ def _strides(x: Tensor, is_first: bool) -> tuple[int, int, int]:
     return (x.stride(0), x.stride(2), x.stride(1)) if is_first else (x.stride(0), x.stride(1), x.stride(2))
 
 
+def _kept_dtype(is_first: bool, dtype: torch.dtype) -> torch.dtype:
+    """Of what a layer gives before its SiLU: float32, for SiLU's result is rounded again. The first layer's, by far
+    the largest, stays in the dtype of the products: logits and gradients are within 5e-3 in bfloat16 even so."""
+    return dtype if is_first else torch.float32
+
+
 def _per_head(x_S: Tensor) -> int:
     """Step from one head's parameters to the next: 0 where heads share them."""
     return 0 if len(x_S) == 1 else x_S.stride(0)
@@ -124,22 +130,24 @@ def _convolve(
     """Fill z; with the `last` weight, bias and logits [B, T, H] those too."""
     batch, heads, tokens, _ = z_BHTO.shape
     weight, bias, logits = (bias_SO, bias_SO, z_BHTO) if last is None else last
-    convolve_kernel[(triton.cdiv(tokens, _rows(x.dtype)), batch * heads)](
+    dtype = w_SKCO.dtype
+    convolve_kernel[(triton.cdiv(tokens, _rows(dtype)), batch * heads)](
         x, w_SKCO, bias_SO, z_BHTO, seed if document_BT is None else document_BT, seed, weight, bias, logits,
         *strides, heads, _per_head(w_SKCO), _per_head(bias_SO), 0 if last is None or len(bias) == 1 else 1,
         tokens, source, *layer.noise(),
-        **layer.constants(x.dtype, document_BT is not None), HAS_LOGITS=last is not None,
-        **_options(layer, x), **_register_limit(layer, x),
+        **layer.constants(dtype, document_BT is not None), HAS_LOGITS=last is not None,
+        **_options(layer, dtype, x.device), **_register_limit(layer, x),
     )  # fmt: skip
 
 
-def _options(layer: Layer, x: Tensor) -> dict[str, int]:
+def _options(layer: Layer, dtype: torch.dtype, device: torch.device) -> dict[str, int]:
     """Tiles, warps and pipeline stages of a layer's products over tiles of tokens: two stages where they fit."""
-    rows = _rows(x.dtype)
-    tile = layer.block(x.dtype) * (rows + _padded(layer.outputs)) * x.element_size()
-    stages = 2 if 2 * tile <= _shared_bytes(x.device) else 1
+    rows = _rows(dtype)
+    # inputs may lie in float32
+    tile = layer.block(dtype) * (rows * 4 + _padded(layer.outputs) * dtype.itemsize)
+    stages = 2 if 2 * tile <= _shared_bytes(device) else 1
     warps = 8 if layer.channels > 64 and rows == ROWS else 4
-    return dict(ROWS=rows, BLOCK=layer.block(x.dtype), num_warps=warps, num_stages=stages)
+    return dict(ROWS=rows, BLOCK=layer.block(dtype), num_warps=warps, num_stages=stages)
 
 
 def _register_limit(layer: Layer, x: Tensor) -> dict[str, int]:
@@ -162,7 +170,8 @@ class _Score(torch.autograd.Function):
         with on_device(x_BTHC):
             for layer, weight, bias in zip(layers, weights, biases, strict=True):
                 x = kept[-1]
-                kept.append(torch.empty(batch, heads, tokens, layer.outputs, dtype=dtype, device=x.device))
+                kept_dtype = _kept_dtype(layer is layers[0], dtype)
+                kept.append(torch.empty(batch, heads, tokens, layer.outputs, dtype=kept_dtype, device=x.device))
                 last = (out_weight_SO, out_bias_S, logits_BTH) if layer is layers[-1] else None
                 strides = _strides(x, not layer.activated)
                 _convolve(layer, x, weight, bias, document_BT, seed, kept[-1], last, strides, tokens)
@@ -178,7 +187,9 @@ class _Score(torch.autograd.Function):
         kept, weights = rest[: len(layers) + 1], rest[len(layers) + 1 :]
         grad_weights, grad_biases = [], []
         with on_device(grad_BTH):
-            dz_BHTO, grad_out_weight, grad_out_bias = _logits_backward(grad_BTH.contiguous(), kept[-1], out_weight_SO)
+            dz_BHTO, grad_out_weight, grad_out_bias = _logits_backward(
+                grad_BTH.contiguous(), kept[-1], out_weight_SO, kept[0].dtype
+            )
             for layer, x, weight in reversed(list(zip(layers, kept, weights, strict=False))):
                 grad_weight, grad_bias = _weight_gradient(layer, x, dz_BHTO, document_BT, seed, len(weight))
                 grad_weights.insert(0, grad_weight)
@@ -195,10 +206,12 @@ class _Score(torch.autograd.Function):
         )
 
 
-def _logits_backward(grad_BTH: Tensor, z_BHTO: Tensor, out_weight_SO: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """dz of the last layer, and the gradients of the last weight [S, O] and bias [S] (float32)."""
+def _logits_backward(
+    grad_BTH: Tensor, z_BHTO: Tensor, out_weight_SO: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dz of the last layer in `dtype`, and the gradients of the last weight [S, O] and bias [S] (float32)."""
     batch, heads, tokens, outputs = z_BHTO.shape
-    dz_BHTO = torch.empty_like(z_BHTO)
+    dz_BHTO = torch.empty_like(z_BHTO, dtype=dtype)
     blocks = triton.cdiv(tokens, ROWS)
     partial = torch.empty(blocks * batch, heads, outputs + 1, dtype=torch.float32, device=z_BHTO.device)
     logits_backward_kernel[(blocks, batch * heads)](
@@ -213,13 +226,14 @@ def _input_gradient(
     layer: Layer, x: Tensor, dz_BHTO: Tensor, w_SKCO: Tensor, document_BT: Tensor | None, seed: Tensor
 ) -> Tensor:
     batch, heads, tokens, _ = dz_BHTO.shape
-    dx = torch.empty_like(x)
-    options = _options(layer, x)
+    dtype = dz_BHTO.dtype
+    dx = torch.empty_like(x, dtype=dtype)
+    options = _options(layer, dtype, x.device)
     grid = triton.cdiv(tokens, options["ROWS"]), batch * heads, triton.cdiv(layer.channels, options["BLOCK"])
     input_gradient_kernel[grid](
         dz_BHTO, w_SKCO, x, dx, seed if document_BT is None else document_BT, seed,
         *_strides(x, not layer.activated), heads, _per_head(w_SKCO), tokens, *layer.noise(),
-        **layer.constants(x.dtype, document_BT is not None), **options,
+        **layer.constants(dtype, document_BT is not None), **options,
     )  # fmt: skip
     return dx
 
@@ -230,9 +244,10 @@ def _weight_gradient(
     """Gradients of weight [S, K, C, O] and bias [S, O] (float32)."""
     batch, heads, tokens, outputs = dz_BHTO.shape
     taps = triton.next_power_of_2(layer.taps)
-    limit = SINGLE_ACCUMULATORS if x.dtype == torch.float32 else ACCUMULATORS
-    block = min(layer.block(x.dtype), max(16, limit // (taps * _padded(outputs))))
-    tile = 2 * x.element_size() * (block + taps * _padded(outputs))  # two stages of a row
+    dtype = dz_BHTO.dtype
+    limit = SINGLE_ACCUMULATORS if dtype == torch.float32 else ACCUMULATORS
+    block = min(layer.block(dtype), max(16, limit // (taps * _padded(outputs))))
+    tile = 2 * (block * x.element_size() + taps * _padded(outputs) * dtype.itemsize)  # two stages of a row
     rows = next((rows for rows in (64, 32) if rows * tile <= _shared_bytes(x.device)), 16)
     parts = max(1, min(PROGRAMS // heads, batch * triton.cdiv(tokens, rows)))
     make = lambda *shape: torch.empty(shape, dtype=torch.float32, device=x.device)
@@ -240,7 +255,7 @@ def _weight_gradient(
     weight_gradient_kernel[(parts, heads, triton.cdiv(layer.channels, block))](
         dz_BHTO, x, dw_PHKCO, dbias_PHO, seed if document_BT is None else document_BT, seed,
         *_strides(x, not layer.activated), batch, tokens, *layer.noise(),
-        **layer.constants(x.dtype, document_BT is not None),
+        **layer.constants(dtype, document_BT is not None),
         ROWS=rows, BLOCK=block, PAD_TAPS=taps, num_warps=8, num_stages=2,
     )  # fmt: skip
     return _of_stacks(dw_PHKCO.sum(0), stacks), _of_stacks(dbias_PHO.sum(0), stacks)
@@ -280,17 +295,21 @@ def score(
     return _Score.apply(x_BTHC, document_BT, layers, out_weight_SO, out_bias_S, *weights, *biases)
 
 
-def convolve(x_BHSC: Tensor, weight_SKCO: Tensor, bias_SO: Tensor, dilation: int, tokens: int) -> Tensor:
+def convolve(
+    x_BHSC: Tensor, weight_SKCO: Tensor, bias_SO: Tensor, dilation: int, tokens: int, *, is_first: bool
+) -> Tensor:
     """One convolution before its SiLU [B, H, T, O], without gradients: output t reads inputs t, t + dilation, …
 
     Args:
         x_BHSC: inputs of S = T + (K - 1) * dilation tokens, as they are to be multiplied; C contiguous.
+        is_first: whether it is the scorer's first layer, whose result is in x's dtype, others' in float32.
     """
     assert x_BHSC.stride(-1) == 1
     batch, heads, source, channels = x_BHSC.shape
     layer = Layer(channels, bias_SO.shape[1], weight_SKCO.shape[1], dilation, 0, False, 0.0, 0)
     weight = weight_SKCO.to(x_BHSC.dtype).contiguous()
-    z_BHTO = torch.empty(batch, heads, tokens, layer.outputs, dtype=x_BHSC.dtype, device=x_BHSC.device)
+    dtype = _kept_dtype(is_first, x_BHSC.dtype)
+    z_BHTO = torch.empty(batch, heads, tokens, layer.outputs, dtype=dtype, device=x_BHSC.device)
     with on_device(x_BHSC):
         strides = _strides(x_BHSC, False)
         _convolve(layer, x_BHSC, weight, bias_SO.contiguous(), None, x_BHSC, z_BHTO, None, strides, source)

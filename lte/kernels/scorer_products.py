@@ -36,7 +36,7 @@ def _inputs(
     x_at, seed_ptr, n, t, inside, c, x_t, source, limit, scale,
     IN: tl.constexpr, ACTIVATED: tl.constexpr, DROPS: tl.constexpr, SALT: tl.constexpr,
 ):  # fmt: skip
-    """A layer's inputs at tokens t and channels c, as its product takes them; zero outside."""
+    """A layer's inputs at tokens t and channels c, after SiLU and dropout; zero outside."""
     mask = inside[:, None] & (c < IN)[None, :]
     x = tl.load(x_at + t.to(tl.int64)[:, None] * x_t + c[None, :], mask=mask, other=0.0)
     if ACTIVATED or DROPS:
@@ -87,6 +87,7 @@ def convolve_kernel(
         other = t + (tap * DILATION - REACH)
         inside = _within(t, other, source, document_ptr, HAS_DOCUMENTS)
         x = _inputs(x_ptr, seed_ptr, n, other, inside, c, x_t, source, limit, scale, IN, ACTIVATED, DROPS, SALT)
+        x = x.to(w_ptr.dtype.element_ty)
         w_mask = (c < IN)[:, None] & (o < OUT)[None, :]
         w = tl.load(w_ptr + (tap * IN + c)[:, None] * OUT + o[None, :], mask=w_mask, other=0.0)
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
@@ -97,7 +98,7 @@ def convolve_kernel(
     if HAS_LOGITS:
         out_w = tl.load(out_w_ptr + h * OUT * out_h + o, mask=o < OUT, other=0.0).to(tl.float32)
         # rounded as in the streaming form, so that both keep the same tokens
-        last = _silu(z.to(tl.float32)).to(z.dtype).to(tl.float32)
+        last = _silu(z.to(tl.float32)).to(w_ptr.dtype.element_ty).to(tl.float32)
         logit = tl.sum(last * out_w[None, :], 1) + tl.load(out_b_ptr + h * out_h).to(tl.float32)
         tl.store(logits_ptr + (b * tokens + t) * heads + h, logit, mask=t < tokens)
 
@@ -189,6 +190,7 @@ def weight_gradient_kernel(
         t = (step % blocks) * ROWS + tl.arange(0, ROWS)
         x_at = x_ptr + b.to(tl.int64) * x_b + h.to(tl.int64) * x_h
         x = _inputs(x_at, seed_ptr, n, t, t < tokens, c, x_t, tokens, limit, scale, IN, ACTIVATED, DROPS, SALT)
+        x = x.to(dz_ptr.dtype.element_ty)
         other = t[:, None] - back[None, :]
         inside = real[None, :] & (t < tokens)[:, None] & (other >= 0) & (other < tokens)
         if HAS_DOCUMENTS:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import attention, coldstart, decode, harness, prefill, serving, train
+from benchmarks import attention, coldstart, cost, decode, harness, prefill, scaling, serving, train
 from eval.results import METRICS, read_json
 from tests.tiny_models import make_ids, make_model
 
@@ -64,6 +64,9 @@ def test_every_benchmark_runs(module, arguments, case, metrics, tmp_path, capsys
     assert status == 0
     assert {"name", "device", "versions", "commit", "date", "config", "rows"} <= found.keys()
     assert not found["unavailable"]
+    if module is decode:
+        decode.draw(found["rows"], "decode tiny B3 T", str(tmp_path / "decode.svg"))
+        assert "transformer" in (tmp_path / "decode.svg").read_text()
     rows = [r for r in found["rows"] if r["case"] == case]
     assert {r["metric"] for r in rows if r["system"] == "lalte"} == metrics
     assert metrics <= set(METRICS)
@@ -73,6 +76,33 @@ def test_every_benchmark_runs(module, arguments, case, metrics, tmp_path, capsys
     shown = capsys.readouterr().out
     assert case in shown
     assert "1.00 x ours" in shown
+
+
+def test_steps_of_every_member(tmp_path, monkeypatch):
+    status, found = run(train, tmp_path, "--phase", "steps", "--steps", "4")
+    assert status == 0
+    assert not found["unavailable"]
+    shipped = {
+        p.name.removesuffix("-0.4b.json") for p in (harness.RESULTS.parents[1] / "configs/models").glob("*-0.4b.json")
+    }
+    case = "train tiny B2 T96 steps"
+    rows = {(r["case"], r["system"], r["metric"]): r for r in found["rows"]}
+    assert {key[1] for key in rows} == set(train.MEMBERS) == shipped
+    for member in shipped:
+        first, last = (rows[f"{case} {number}", member, "loss"]["median"] for number in (1, 4))
+        assert 0 < last < first
+        losses = found["notes"][case][member]["losses"]
+        assert (len(losses), losses[0], losses[-1]) == (4, first, last)
+        assert rows[case, member, "ms"]["n"] == 2
+        assert rows[case, member, "tokens_per_s"]["median"] == pytest.approx(
+            2e3 * 96 / rows[case, member, "ms"]["median"]
+        )
+    monkeypatch.setattr(train, "LEARNING_RATE", 0.0)
+    status, found = run(train, tmp_path / "still", "--phase", "steps", "--steps", "3", "--systems", "gdn")
+    assert not found["rows"]
+    assert "Disagreement: the loss doesn't fall: 5." in found["unavailable"][0]["reason"]
+    with pytest.raises(ValueError, match="--steps 2 must be at least 3"):
+        run(train, tmp_path / "few", "--phase", "steps", "--steps", "2")
 
 
 def test_coldstart(tmp_path, monkeypatch):
@@ -93,6 +123,63 @@ def test_coldstart(tmp_path, monkeypatch):
     assert all(r["metric"] == "s" and r["median"] > 0 for r in rows.values())
     seconds = found["notes"]["coldstart train tiny"]["lalte"]["cold seconds"]
     assert list(seconds.values()) == sorted(seconds.values())
+
+
+def test_scaling(tmp_path, monkeypatch):
+    """Two processes of `lalte train`, sharded; what runs on one device runs in this process."""
+    from training.config import load_config
+    from training.trainer import train as run_training
+
+    launch, counts = scaling.train, []
+
+    def train_here(folder, name, processes, changes):
+        counts.append(processes)
+        if processes > 1:
+            return launch(folder, name, processes, changes)
+        path = run_training(load_config(folder / scaling.RUN, [f"output={folder / name}", *changes]))
+        return [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
+
+    monkeypatch.setattr(scaling, "train", train_here)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    status, found = run(scaling, tmp_path, "--systems", "lalte,fsdp x2")
+    assert status == 0
+    assert counts == [1, 2, 1]
+    rows = {(r["case"], r["system"]): r for r in found["rows"]}
+    case, again = "scaling tiny B2 T96", "resume tiny x2 to x1"
+    assert rows.keys() == {(case, "lalte"), (case, "fsdp x2"), (again, "lalte"), (again, "fsdp x2")}
+    assert rows[again, "lalte"]["median"] == pytest.approx(rows[again, "fsdp x2"]["median"], rel=1e-5)
+    assert rows[case, "lalte"]["metric"] == "tokens_per_s"
+    assert found["notes"][again]["lalte"]["resumed"].keys() == {"4"}
+
+
+def test_cost(tmp_path, capsys):
+    """10.0 B tokens at 100 000 a second are 27.8 hours; two devices are two GPUs."""
+    rows = [
+        harness.row("train 0.4b B8 T4096 amp packed", "gdn", "tokens_per_s", 1e5, 9e4, 2e5, 5),
+        harness.row("train 0.4b B8 T4096 amp packed", "gdn", "ms", 1.0, 1.0, 1.0, 5),
+        harness.row("train 0.4b B8 T4096 amp packed", "stranger", "tokens_per_s", 1e5, 9e4, 2e5, 5),
+        harness.row("decode 0.4b B8", "gdn", "tokens_per_s", 1e5, 9e4, 2e5, 5),
+        harness.row("scaling 1.4b B8 T4096", "fsdp x2", "tokens_per_s", 1e5, 9e4, 2e5, 5),
+    ]
+    found = {**harness.result("x", rows, config={}, device=torch.device("cpu")), "device": "some GPU"}
+    (tmp_path / "x.json").write_text(json.dumps(found))
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{cost.BEGIN}\nold\n{cost.END}\nafter\n")
+    parser = argparse.ArgumentParser()
+    cost.add_arguments(parser)
+    assert cost.run_from_arguments(parser.parse_args([str(tmp_path / "x.json"), "--write", str(page)])) == 0
+    shown = capsys.readouterr().out
+    assert page.read_text() == f"before\n{cost.BEGIN}\n{shown}{cost.END}\nafter\n"
+    assert shown.splitlines()[2:] == [
+        "| gdn-0.4b | 10.0 B | some GPU | train 0.4b B8 T4096 amp packed | 100,000 | 28 |",
+        "| lalte-1.4b | 30.0 B | some GPU | scaling 1.4b B8 T4096, fsdp x2 | 50,000 | 167 |",
+    ]
+    page.write_text("no marks")
+    with pytest.raises(ValueError, match="the marks"):
+        cost.write(page, "x")
+    (tmp_path / "x.json").write_text(json.dumps({**found, "rows": rows[1:3]}))
+    with pytest.raises(ValueError, match="no tokens_per_s of a recipe"):
+        cost.run_from_arguments(parser.parse_args([str(tmp_path / "x.json")]))
 
 
 def test_a_failing_child_is_told(tmp_path, monkeypatch):
@@ -127,6 +214,7 @@ def test_the_checks_of_models_can_fail(check, monkeypatch):
         return replace(out, hidden=out.hidden * (1 + 0.1 * len(calls)))
 
     monkeypatch.setattr(GatedDeltaNet, "forward", drift)
+    check.cache_clear()
     with pytest.raises(harness.Disagreement):
         check("gdn", torch.device("cpu"))
 
@@ -245,7 +333,7 @@ def test_the_density_is_set_and_measured():
     assert train.set_density(model, ids) == pytest.approx(config.target_density, abs=0.02)
 
 
-@pytest.mark.parametrize("module", [attention, train, decode, prefill, coldstart])
+@pytest.mark.parametrize("module", [attention, train, scaling, decode, prefill, coldstart])
 def test_help_teaches(module):
     parser = argparse.ArgumentParser()
     module.add_arguments(parser)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from eval import build_cli, evaporate, evaporate_cli, evaporate_data
+from eval.answering import answer
 from eval.evaporate_data import Document, build_pairs, build_squad, read_documents, write_documents
 from eval.evaporate_prompts import contains, cut, make_samples, prompt
 from tests.tiny_models import make_model
@@ -341,8 +342,8 @@ def test_packed_data_choose_the_lengths(tmp_path, tokenizer):
 def test_rows_of_a_batch_are_answered_as_alone(tokenizer, family):
     model = make_llama() if family == "llama" else make_model("lalte", vocab_size=400, max_position_embeddings=400)
     texts = [long_text(n, 12 + 9 * n)[: 40 + 31 * n] for n in range(4)]
-    together = evaporate.answer_line(model, tokenizer, texts, 9)
-    alone = [evaporate.answer_line(model, tokenizer, [text], 9)[0] for text in texts]
+    together = answer(model, tokenizer, texts, 9, one_line=True)
+    alone = [answer(model, tokenizer, [text], 9, one_line=True)[0] for text in texts]
     assert together == alone
     assert len(set(together)) > 1
     assert not any("\n" in text for text in together)
@@ -380,7 +381,7 @@ def test_the_commands(tmp_path, tokenizer, capsys):
     for wrong, words in (
         (["--model", "m", "--out", "o"], "task: missing"),
         (["--model", "m", "--out", "o", "--task", "x"], "task: 'x' is unknown"),
-        (["--model", str(tmp_path / "nowhere"), "--out", "o", "--task", "fda"], "is not a folder"),
+        (["--model", str(tmp_path / "nowhere"), "--out", "o", "--task", "fda"], "is no folder"),
     ):
         with pytest.raises(ValueError, match=words):
             evaporate_cli.run_from_arguments(parser.parse_args(wrong))

@@ -233,10 +233,10 @@ def test_punkt_is_also_found_in_llama_index(monkeypatch, tmp_path):
     monkeypatch.setattr(nltk.data, "path", [str(tmp_path / "nothing")])
     monkeypatch.setattr(haystacks, "_package_folders", lambda name: [tmp_path / name])
     with pytest.raises(ValueError, match=r"nltk.downloader punkt_tab.*NLTK_DATA"):
-        haystacks._punkt_paths()
+        haystacks.punkt_paths()
     data = tmp_path / "llama_index/core/_static/nltk_cache"
     (data / haystacks.PUNKT).mkdir(parents=True)
-    assert haystacks._punkt_paths() == [str(data)]
+    assert haystacks.punkt_paths() == [str(data)]
 
 
 def test_a_task_of_one_s_own(tokenizer):

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,9 @@ from tokenizers import models as token_models
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from eval import loading, needles, niah_cli
-from eval.niah import answer, encode_prompts, run_niah
+from eval.answering import answer, encode_prompts
+from eval.niah import run_niah
+from eval.settings import resolve
 
 LENGTHS = [700, 900]
 
@@ -58,11 +61,14 @@ class Reader(torch.nn.Module):
         self.config = SimpleNamespace(model_type="reader")
         self.tokenizer, self.wrong, self.failing = tokenizer, wrong, failing
         self.out_of_memory_above = out_of_memory_above
-        self.budget, self.seen, self.batches = 5, [], []
+        self.rule, self.seen, self.batches = ("lte", 5), [], []
 
-    def set_retention_budget(self, budget):
-        previous, self.budget = self.budget, budget
-        return previous
+    @contextmanager
+    def with_retention(self, retention, budget):
+        own = self.rule
+        self.rule = (retention or own[0], own[1] if budget is None else budget)
+        yield
+        self.rule = own
 
     def generate(self, input_ids, attention_mask, generation_config):
         assert not generation_config.do_sample
@@ -74,7 +80,7 @@ class Reader(torch.nn.Module):
         rows = []
         for ids, mask in zip(input_ids, attention_mask, strict=True):
             text = self.tokenizer.decode(ids[mask.bool()])
-            self.seen.append(self.budget)
+            self.seen.append(self.rule)
             key = re.search(r"for (\S+) mentioned in the provided text (?:is|are)$", text)[1]
             value = re.search(rf"for {re.escape(key)} is: (\S+)\.", text)[1]
             if value in self.failing:
@@ -216,11 +222,16 @@ def test_a_run_without_hope_ends(tokenizer, tmp_path):
         run(model, tokenizer, tmp_path, samples=20)
 
 
-def test_the_budget_is_set_and_restored(tokenizer, tmp_path):
+def test_budget_and_policy_are_set_and_restored(tokenizer, tmp_path):
     model = Reader(tokenizer)
     run(model, tokenizer, tmp_path, budget=0, lengths=[700])
-    assert set(model.seen) == {0}
-    assert model.budget == 5
+    assert set(model.seen) == {("lte", 0)}
+    assert model.rule == ("lte", 5)
+    content = run(model, tokenizer, tmp_path / "h2o", retention="h2o", lengths=[700])
+    assert set(model.seen) == {("lte", 0), ("h2o", 5)}
+    assert (model.rule, content["config"]["retention"]) == (("lte", 5), "h2o")
+    with pytest.raises(ValueError, match="retention is 'h2o' there and None here"):
+        run(model, tokenizer, tmp_path / "h2o", lengths=[700])
     with pytest.raises(ValueError, match="budget: -1"):
         run(model, tokenizer, tmp_path / "other", budget=-1)
 
@@ -228,6 +239,8 @@ def test_the_budget_is_set_and_restored(tokenizer, tmp_path):
 def test_budget_of_a_model_without_retention(tokenizer, llama, tmp_path):
     with pytest.raises(ValueError, match="LlamaForCausalLM retains no tokens"):
         run(llama, tokenizer, tmp_path / "out", budget=3)
+    with pytest.raises(ValueError, match="retention: LlamaForCausalLM retains no tokens; leave retention out"):
+        run(llama, tokenizer, tmp_path / "out", retention="h2o")
     assert not (tmp_path / "out").exists()
 
 
@@ -299,8 +312,7 @@ def test_a_real_model_runs(tokenizer, llama, tmp_path):
 
 
 @pytest.fixture
-def folder(tokenizer, llama, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "models", SimpleNamespace())  # only registers more models
+def folder(tokenizer, llama, tmp_path):
     llama.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
@@ -320,18 +332,26 @@ def test_load_model(folder, llama):
 @pytest.mark.parametrize(
     ("harm", "named"),
     [
-        (lambda f: f.rename(f.with_name("gone")), "is not a folder"),
+        (lambda f: f.rename(f.with_name("gone")), "is no folder"),
         (lambda f: (f / "config.json").unlink(), r"no config\.json"),
-        (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer"),
+        (lambda f: (f / "tokenizer.json").unlink(), "the tokenizer in .* can't be read"),
         (lambda f: (f / "tokenizer.json").write_text("{"), "tokenizer in .* can't be read"),
-        (lambda f: (f / "model.safetensors").unlink(), r"no \*\.safetensors"),
+        (lambda f: (f / "model.safetensors").unlink(), r"model\.safetensors is missing"),
         (
             lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-99]),
-            "can't be loaded",
+            r"model\.safetensors is truncated",
         ),
-        (lambda f: _edit(f / "config.json", num_hidden_layers=2), "don't fit its config.json: .* missing keys"),
-        (lambda f: _edit(f / "config.json", vocab_size=300), "can't be loaded|don't fit"),
-        (lambda f: _edit(f / "config.json", model_type="unheard"), "can't be loaded|can't be read"),
+        (
+            lambda f: _edit(f / "config.json", num_hidden_layers=2),
+            "don't fit its config.json: 9 tensors of the model are missing",
+        ),
+        (
+            lambda f: _edit(f / "config.json", vocab_size=300),
+            "tokenizer .* has 400 entries, the model's vocab_size is 300",
+        ),
+        (lambda f: _edit(f / "config.json", vocab_size=500), "don't fit its config.json: .* another shape"),
+        (lambda f: _edit(f / "config.json", model_type="unheard"), r"config\.json can't be used \(.*unheard"),
+        (lambda f: (f / "config.json").write_text("[]"), r"config\.json can't be read"),
     ],
 )
 def test_a_harmed_folder_gets_one_clear_error(folder, harm, named):
@@ -345,14 +365,14 @@ def _edit(path, **changes):
 
 
 def test_bad_dtype_device_and_too_large_a_tokenizer(folder, tokenizer):
-    with pytest.raises(ValueError, match="dtype: 'int8'"):
+    with pytest.raises(ValueError, match="dtype='int8' is unknown"):
         loading.load_model(folder, "int8", "cpu")
-    with pytest.raises(ValueError, match="device: 'quantum'"):
+    with pytest.raises(ValueError, match="device='quantum' can't be used"):
         loading.load_model(folder, "auto", "quantum")
     larger = PreTrainedTokenizerFast.from_pretrained(folder)
     larger.add_tokens(["<more>"])
     larger.save_pretrained(folder)
-    with pytest.raises(ValueError, match=r"tokenizer: 401 tokens, but .* vocab_size of 400"):
+    with pytest.raises(ValueError, match=r"the tokenizer in .* has 401 entries, the model's vocab_size is 400"):
         loading.load_model(folder, "auto", "cpu")
 
 
@@ -366,13 +386,13 @@ def test_command_line_over_file_over_defaults(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("samples: 7\nseed: 9\ntasks: [multikey_1]\nbudget: 4\n")
     words = ["--model", "m", "--out", "o", "--config", str(file), "--samples", "3", "--lengths", "5, 6"]
-    config = niah_cli.resolve(parse(*words, "--budget", "0", "--no-resume"))
+    config = resolve(niah_cli.NiahConfig, parse(*words, "--budget", "0", "--no-resume"))
     assert (config.samples, config.seed, config.tasks, config.budget) == (3, 9, ["multikey_1"], 0)
     assert (config.lengths, config.batch_size, config.resume) == ([5, 6], 8, False)
 
 
 def test_the_shipped_config_is_the_default():
-    shipped = niah_cli.resolve(parse("--model", "m", "--out", "o", "--config", "configs/eval/niah.yaml"))
+    shipped = resolve(niah_cli.NiahConfig, parse("--model", "m", "--out", "o", "--config", "configs/eval/niah.yaml"))
     assert shipped == niah_cli.NiahConfig(model="m", out="o")
 
 
@@ -392,12 +412,12 @@ def test_a_bad_file_is_named(tmp_path, text, named):
     if text is not None:
         file.write_text(text)
     with pytest.raises(ValueError, match=named):
-        niah_cli.resolve(parse("--model", "m", "--out", "o", "--config", str(file)))
+        resolve(niah_cli.NiahConfig, parse("--model", "m", "--out", "o", "--config", str(file)))
 
 
 def test_missing_model_and_bad_lengths(capsys):
-    with pytest.raises(ValueError, match="model: missing; give --model DIR"):
-        niah_cli.resolve(parse("--out", "o"))
+    with pytest.raises(ValueError, match="model: missing; give --model"):
+        resolve(niah_cli.NiahConfig, parse("--out", "o"))
     with pytest.raises(SystemExit):
         parse("--lengths", "1k")
     assert "not a list of whole numbers" in capsys.readouterr().err

@@ -64,7 +64,9 @@ def make_end(kind, batch, keys, slots, heads, window):
     else:
         raise AssertionError(kind)
     if slots:
+        # half of the slots are seen by all, so that a single query sees many keys
         slot_end = torch.randint(0, keys + 1, (batch, slots, heads))
+        slot_end = torch.where(torch.rand(slot_end.shape) < 0.5, keys, slot_end)
         end = torch.cat([slot_end, end[:, slots:]], 1)
     return end.int()
 
@@ -133,6 +135,17 @@ WIDE_CASES = [
     ("all", 130, 0, 2, 1, 32, 9),
     ("evicted", 130, 40, 1, 4, 32, 13),
 ]
+
+
+# the backward pass follows the forward pass's schedule
+SHARED = Tiles(Tile(32, 16, 4, 1), Tile(32, 16, 4, 1), Tile(32, 16, 4, 1), span_tokens=24, scan=64)
+
+
+@interpreted
+@pytest.mark.parametrize("case", [SMALL_CASES[i] for i in (1, 3, 4, 11)])
+def test_shared_schedule(case, monkeypatch):
+    torch.manual_seed(case[1])
+    compare(monkeypatch, *case, batch=1, tiles=SHARED)
 
 
 @interpreted

@@ -247,6 +247,7 @@ def test_scoring_and_rotation_from_empty(case, dtype):
     states = [scorer.allocate_state(batch, dtype=dtype, device=DEVICE) for _ in range(2)]
     addresses = [x.data_ptr() for x in (*caches[0].tensors, *states[0].inputs)]
     counter = torch.full((batch * heads,), 5, dtype=torch.int32, device=DEVICE)
+    logits = [], []
     for _ in range(steps):
         ours, theirs = caches
         kv = randn(batch, 2 * heads * dim + 3, dtype=dtype)
@@ -264,9 +265,8 @@ def test_scoring_and_rotation_from_empty(case, dtype):
         counter += 5
         known = torch.isfinite(theirs.logits)
         assert torch.equal(torch.isfinite(ours.logits), known)
-        if known.any():
-            # in bfloat16 the layers of the reference round after every tap
-            assert_close(ours.logits[known], theirs.logits[known], dtype, factor=1 if exact else 4)
+        logits[0].append(ours.logits[known])
+        logits[1].append(theirs.logits[known])
         if exact:
             assert torch.equal(ours.positions, theirs.positions)
             assert_close(ours.k, theirs.k)
@@ -274,6 +274,8 @@ def test_scoring_and_rotation_from_empty(case, dtype):
         for got, want in zip(states[0].inputs, states[1].inputs, strict=True):
             if want.numel() and want.any():
                 assert_close(got, want, dtype, factor=1 if exact else 4)
+    # all steps together, as single logits may be close to 0; in bfloat16 the reference rounds after every tap
+    assert_close(*map(torch.cat, logits), dtype, factor=1 if exact else 4)
     assert (caches[0].logits[:, :, sinks : sinks + budget] > 0).any()
     assert [x.data_ptr() for x in (*caches[0].tensors, *states[0].inputs)] == addresses
 

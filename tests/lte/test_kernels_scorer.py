@@ -42,12 +42,12 @@ LARGE = {
 def build(heads, dim, options, dtype=torch.float32, device="cpu"):
     """A scorer of which every part matters; its numbers are exact in `dtype`."""
     torch.manual_seed(0)
-    scorer = RetentionScorer(heads, dim, **options).to(device).eval()
+    scorer = RetentionScorer(heads, dim, **options).eval()
     with torch.no_grad():
         for p in scorer.parameters():
             scale = 0.3 if p.ndim < 4 else 1.5 * (p.shape[1] * p.shape[2]) ** -0.5
             p.copy_(torch.randn_like(p).mul_(scale).to(dtype))
-    return scorer
+    return scorer.to(device)  # drawn on the CPU: the same numbers on every device
 
 
 def kernels(scorer, x, layout, dropout=0.0):
@@ -191,5 +191,5 @@ def test_convolve(share):
     scorer = build(3, 16, {"share_heads": share})
     joined_HBSC = torch.randn(3, 2, 4 + 19, 32)
     expected = scorer._convolve(0, joined_HBSC, 19, None)
-    z_BHTO = convolve(joined_HBSC.transpose(0, 1), scorer.weights[0], scorer.biases[0], 2, 19)
+    z_BHTO = convolve(joined_HBSC.transpose(0, 1), scorer.weights[0], scorer.biases[0], 2, 19, is_first=True)
     torch.testing.assert_close(torch.nn.functional.silu(z_BHTO).transpose(0, 1), expected, atol=1e-5, rtol=1e-5)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from models import HybridCache
 from tests.tiny_models import VARIANTS, assert_close, make_ids, make_model, make_variant, run_in_pieces
@@ -82,7 +82,8 @@ def test_file_copy_and_reset_restore_a_session(variant, tmp_path):
     twin = copy.deepcopy(cache)
     expected = run_in_pieces(model, ids[:, 270:], [7, 1, 1, 11], cache)
     restored = model.new_cache(2)
-    assert restored.load(tmp_path / "session", expect={"model": "m"}) == {"columns": "270", "model": "m"}
+    metadata = restored.load(tmp_path / "session", expect={"model": "m"})
+    assert (metadata["columns"], metadata["model"], metadata.keys() - {"rule"}) == ("270", "m", {"columns", "model"})
     used = model.new_cache(2)
     run_in_pieces(model, make_ids(2, 300, seed=5), [300], used)
     used.load(tmp_path / "session")
@@ -131,14 +132,21 @@ def test_files_that_are_refused(tmp_path):
     before = {name: x.clone() for name, x in cache.tensors().items()}
     with pytest.raises(ValueError, match=r"belongs to another model \(model is 'mine', this model's is 'other'\)"):
         cache.load(file, expect={"model": "other"})
-    with pytest.raises(ValueError, match=r"1.kv.k is \(1, 2, 22, 12\).* has \(1, 2, 24, 12\)"):
+    with pytest.raises(ValueError, match=r"was written with budget=3, this cache has budget=5; use budget=3"):
         make_model(budget=5).new_cache().load(file)
-    with pytest.raises(ValueError, match=r"is \(1, .*, this model's cache has \(2, "):
+    with pytest.raises(ValueError, match=r"with sinks=2, window=17, this cache has sinks=3, window=18"):
+        make_model(sinks=3, window=18).new_cache().load(file)
+    with pytest.raises(ValueError, match=r"was written with batch=1, this cache has batch=2"):
         model.new_cache(2).load(file)
+    with pytest.raises(ValueError, match=r"1.kv.k is \(1, 2, 22, 12\).* has \(1, 2, 22, 16\)"):
+        make_model(head_dim=16).new_cache().load(file)
     with pytest.raises(ValueError, match=r"float32, this model's cache has .* torch.bfloat16"):
         make_model().bfloat16().new_cache().load(file)
     with pytest.raises(ValueError, match="holds other tensors"):
         make_model("gdn").new_cache().load(file)
+    save_file(load_file(file), tmp_path / "silent", {"columns": "30", "model": "mine"})
+    with pytest.raises(ValueError, match="is not a session of this model"):
+        cache.load(tmp_path / "silent")
     save_file({"x": torch.zeros(2)}, tmp_path / "foreign")
     with pytest.raises(ValueError, match="holds other tensors"):
         cache.load(tmp_path / "foreign")
@@ -149,6 +157,29 @@ def test_files_that_are_refused(tmp_path):
         cache.load(tmp_path / "nowhere")
     for name, x in cache.tensors().items():
         assert torch.equal(x, before[name]), name
+
+
+@torch.no_grad()
+def test_a_file_names_its_policy(tmp_path):
+    """Caches of two policies can hold the same tensors; only the record tells them apart."""
+    model, file = make_model(), tmp_path / "session"
+    assert model.new_cache(2).rule == {"batch": "2", "retention": "lte", "budget": "3", "sinks": "2", "window": "17"}
+    for own, other in (("h2o", "recency"), ("recency", "lte"), ("lte", "random")):
+        model.set_retention(own)
+        cache = model.new_cache()
+        run_in_pieces(model, make_ids(1, 30), [30], cache)
+        cache.save(file)
+        model.new_cache().load(file)
+        model.set_retention(other)
+        with pytest.raises(ValueError, match=f"written with retention={own}, this cache has retention={other}"):
+            model.new_cache().load(file)
+    model.set_retention("none")
+    with pytest.raises(ValueError, match=r"with retention=lte, budget=3, this cache has retention=none, budget=0"):
+        model.new_cache().load(file)
+    model.set_retention("tova")
+    model.set_retention_budget(0)
+    assert model.new_cache().rule["retention"] == "none"
+    assert make_model("gdn-full").new_cache().rule == make_model("gdn").new_cache().rule == {"batch": "1"}
 
 
 @torch.no_grad()

@@ -59,6 +59,12 @@ REQUIRED = [name for name in COUNTS if "nsa" not in name]
         ({"scorer_dropout": 1.0}, r"scorer_dropout=1.0 must lie in \[0, 1\)"),
         ({"budget": -1}, r"budget=-1 must be at least 0"),
         ({"sinks": -2}, r"sinks=-2 must be at least 0"),
+        ({"sink_token": "zero"}, r"sink_token='zero' is unknown; use one of none, learnable"),
+        ({"sink_token": "learnable", "sinks": 0}, r"sinks=0 would evict the learned sink token"),
+        (
+            {"softmax_off_by_one": True, "layer_types": ["nsa"], "num_hidden_layers": 1},
+            r"softmax_off_by_one=true is not defined for nsa layers",
+        ),
         ({"prefill_chunk": 0}, r"prefill_chunk=0 must be at least 1"),
         ({"vocab_size": "61"}, r"vocab_size='61' must be a whole number"),
         ({"hidden_size": 36.5}, r"hidden_size=36.5 must be a whole number"),

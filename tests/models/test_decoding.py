@@ -58,8 +58,9 @@ def filled(model, batch, length, seed=1):
         {"position_encoding": "none", "retention": "none", "budget": 0, "gdn_expand_v": 2.0},
         {"position_encoding": "rope_in_cache"},
         {"scorer_kernel_sizes": [1, 1], "scorer_dilations": [1, 1]},
+        {"sink_token": "learnable", "softmax_off_by_one": True},
     ],
-    ids=["lalte", "one scorer", "no positions", "rope_in_cache", "no lookahead"],
+    ids=["lalte", "one scorer", "no positions", "rope_in_cache", "no lookahead", "both sinks"],
 )
 def test_fused_step_is_the_model(batch, changes):
     model = make_model(**PAIR, **changes).to(DEVICE)
@@ -201,6 +202,8 @@ def test_served_sampling_draws_from_the_same_tokens():
 
 class EagerStep:
     """`DecodeStep` by the model's own forward."""
+
+    frequencies = None
 
     def __init__(self, model, cache, overlap=False):
         fuse_projections(model)
@@ -424,7 +427,17 @@ def teacher_forced(model, decoder, ids, tolerance):
 @pytest.mark.parametrize("batch", [1, 3, 8])
 @pytest.mark.parametrize(
     "name",
-    ["lalte", "gdn", "gdn-swa", "streaming", "lalte, one scorer", "lalte, rope_in_cache", "lalte, no positions"],
+    [
+        "lalte",
+        "gdn",
+        "gdn-swa",
+        "streaming",
+        "lalte, one scorer",
+        "lalte, rope_in_cache",
+        "lalte, no positions",
+        "lalte, zero sink",
+        "lalte, learned sink",
+    ],
 )
 def test_graph_is_the_model_over_200_steps(name, batch):
     model = make_variant(name).cuda()
@@ -442,12 +455,26 @@ def test_graph_is_the_model_over_200_steps(name, batch):
 @torch.no_grad()
 @pytest.mark.parametrize("batch", [1, 5])
 def test_graph_in_bfloat16(batch):
+    """A graph's steps are as close to the same weights in float32 as the model's own steps are."""
     model = make_model(hidden_size=128, intermediate_size=200, gdn_head_dim=40, head_dim=36).cuda().bfloat16()
     model.set_retention_budget(0)  # which token is kept hangs on the last digit
+    exact = copy.deepcopy(model).float()
     ids = make_ids(batch, 225).cuda()
-    cache = model.new_cache(batch)
-    prefill(model, ids[:, :25], cache)
-    teacher_forced(model, GraphedDecoder(model, cache), ids, 4e-2)
+    caches = [m.new_cache(batch) for m in (model, model, exact)]
+    for m, cache in zip((model, model, exact), caches, strict=True):
+        prefill(m, ids[:, :25], cache)
+    decoder = GraphedDecoder(model, caches[0])
+    errors, size = [0.0, 0.0], 0.0
+    for token in ids[:, 25:].split(1, 1):
+        decoder.token.copy_(token)
+        decoder.step()
+        found = decoder.logits, decode_one_token(model, token, caches[1])
+        want = decode_one_token(exact, token, caches[2]).double()
+        size += float(want.square().sum())
+        errors = [e + float((x.double() - want).square().sum()) for e, x in zip(errors, found, strict=True)]
+    graph, eager = ((e / size) ** 0.5 for e in errors)
+    assert graph <= 1.2 * eager
+    assert graph <= 5e-2
 
 
 @gpu
@@ -455,12 +482,16 @@ def test_graph_in_bfloat16(batch):
 def test_generate_by_graphs():
     model = make_model().cuda()
     ids, ends = loops_agree(model)
+    generate(model, ids)
     assert model in decoding._CACHES
     kept = decoding._CACHES[model][1]
     decoder = decoding._DECODERS[kept]
+    generate(model, ids)
+    assert decoding._CACHES[model][1] is kept
+    assert decoding._DECODERS[kept] is decoder
     generate(model, ids, eos_token_id=ends)
     assert decoding._CACHES[model][1] is kept
-    assert decoding._DECODERS[kept] is decoder or decoder.ending is not None
+    assert decoding._DECODERS[kept].ending is not None
     decoding.release(model)
     with pytest.warns(UserWarning, match="attends to everything"):
         generate(make_model("transformer").cuda(), ids)

@@ -251,6 +251,44 @@ def test_models_trained_without_a_scorer():
     assert_close(run_in_pieces(model, ids, [33, 1, 46]), model(ids).logits)
 
 
+def test_policy_and_budget_for_a_while():
+    model = make_model()
+
+    def in_force():
+        mixer = model.model.layers[1].mixer
+        assert (model.retention, model.retention_budget) == (mixer.retention, mixer.budget)
+        return model.retention, model.retention_budget, model.model.layers[2].mixer.reports_writes
+
+    assert in_force() == ("lte", 3, False)
+    model.use_retention("tova", 9)
+    with model.with_retention("delta_error"):
+        assert in_force() == ("delta_error", 9, True)
+        with model.with_retention(budget=0):
+            assert in_force() == ("delta_error", 0, True)
+        with model.with_retention():
+            assert in_force() == ("delta_error", 9, True)
+    assert in_force() == ("tova", 9, False)
+    with pytest.raises(ValueError, match=r"budget=-1 must be 0 or more"), model.with_retention("random", -1):
+        pass
+    assert in_force() == ("tova", 9, False)
+    with pytest.raises(RuntimeError, match="in between"), model.with_retention("random", 1):
+        raise RuntimeError("in between")
+    assert in_force() == ("tova", 9, False)
+    with pytest.raises(ValueError, match=r"retention='none' retains nothing, so budget=4"):
+        model.use_retention("none", 4)
+    window = make_model("gdn-swa")
+    assert (window.retention, window.retention_budget) == ("none", 0)
+    with pytest.raises(ValueError, match=r"retention='h2o' has no slots to fill: this model's budget is 0; give a"):
+        window.use_retention("h2o")
+    with pytest.raises(ValueError, match=r"retention='lru' is unknown"):
+        window.use_retention("lru")
+    with window.with_retention("h2o", 4):
+        assert (window.retention, window.retention_budget) == ("h2o", 4)
+    assert (window.retention, window.retention_budget) == ("none", 0)
+    with pytest.raises(ValueError, match=r"no attention layers"):
+        make_model("gdn").use_retention("h2o", 4)
+
+
 def test_what_is_refused():
     with pytest.raises(ValueError, match=r"retention='lru' is unknown; use one of none, lte, recency, random, h2o"):
         make_model().set_retention("lru")

@@ -10,7 +10,8 @@ import torch
 
 from lte.layout import Layout
 from models import HybridForCausalLM
-from models.modeling import IGNORE, RetainedAttention
+from models.attention import RetainedAttention
+from models.ops import IGNORE
 from tests.tiny_models import (
     VARIANTS,
     assert_close,
@@ -434,3 +435,47 @@ def test_the_output_carries_what_the_scorers_decided():
         assert stats.tokens == ids.numel()
     assert not model.penalty_control.counts.any(), "evaluation doesn't steer λ"
     assert model(ids, past_key_values=model.new_cache(2)).retention is None
+
+
+# ---- a learned sink
+
+
+@torch.no_grad()
+def test_a_learned_sink_is_an_embedding_in_front_of_every_document():
+    model = make_model("streaming", sink_token="learnable", sinks=1)
+    plain = make_model("streaming", sinks=1)
+    plain.load_state_dict({k: x for k, x in model.state_dict().items() if k != "model.sink_token"})
+    ids = make_ids(2, 60)
+    sink = model.model.sink_token.expand(2, 1, -1)
+    expected = plain(inputs_embeds=torch.cat([sink, plain.model.embed_tokens(ids)], 1)).logits[:, 1:]
+    assert_close(model(ids).logits, expected)
+    output = model(ids, use_cache=True, output_hidden_states=True)
+    assert_close(output.logits, expected)
+    assert {x.shape[1] for x in output.hidden_states} == {60}
+    assert output.past_key_values.columns == 60
+    attention = next(s for s in output.past_key_values.states if hasattr(s, "kv"))
+    assert attention.kv.seen.tolist() == [61, 61]
+    assert (attention.kv.positions[:, :, 0] == 0).all(), "the sink is never evicted"
+
+
+def test_a_learned_sink_is_trained_and_kept(tmp_path):
+    model = make_model(sink_token="learnable").train()
+    cu_seqlens = torch.tensor([0, 7, 7, 40])
+    model(make_ids(1, 40), labels=make_ids(1, 40), cu_seqlens=cu_seqlens).loss.backward()
+    assert model.model.sink_token.grad.any()
+    model.save_pretrained(tmp_path)
+    again = HybridForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again.model.sink_token, model.model.sink_token)
+    fresh = HybridForCausalLM(make_config(sink_token="learnable", initializer_range=0.3))
+    assert 0.1 < fresh.model.sink_token.std() < 0.6
+
+
+@torch.no_grad()
+def test_a_graph_wants_the_learned_sink_to_be_read():
+    from models.decode_step import unsupported
+
+    model = make_model(sink_token="learnable")
+    cache = model.new_cache(1)
+    assert "sink token has yet to be read" in unsupported(model, cache)
+    model(make_ids(1, 1), past_key_values=cache)
+    assert unsupported(model, cache) is None

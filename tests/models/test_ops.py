@@ -151,6 +151,75 @@ def test_a_wide_residual_stays_wide(kernels_everywhere):
         assert (actual.double() - want).norm() <= tolerance * want.norm()
 
 
+def linear_maps(device="cpu", dtype=torch.float32):
+    torch.manual_seed(0)
+    maps = [torch.nn.Linear(24, size, bias=False) for size in (10, 5, 31)]
+    return [m.to(device, dtype) for m in maps], torch.randn(2, 7, 24).to(device, dtype)
+
+
+def linears_agree(device, dtype, tolerance):
+    maps, x = linear_maps(device, dtype)
+    weights = [m.weight for m in maps]
+    for used in ((0, 1, 2), (1,), (0, 2)):
+
+        def through(call, used=used):
+            return lambda x, *w: tuple(call(x)[i] for i in used)
+
+        together = run_with(through(lambda x: ops.linears(x, *maps)), x, weights)
+        apart = run_with(through(lambda x: tuple(m(x) for m in maps)), x, weights)
+        for a, e in zip(together, apart, strict=True):
+            assert a.dtype == dtype
+            assert (a.double() - e.double()).norm() <= tolerance * e.double().norm()
+
+
+def run_with(operation, x, weights):
+    """Outputs, and gradients of x and of the modules' own weights."""
+    x = x.detach().clone().requires_grad_()
+    outputs = operation(x)
+    torch.manual_seed(7)
+    goal = sum((out * torch.randn(out.shape).to(out)).sum() for out in outputs)
+    grads = torch.autograd.grad(goal, [x, *weights], allow_unused=True)
+    return [*outputs, *(g for g in grads if g is not None)]
+
+
+def test_linears_sum_their_gradients(kernels_everywhere):
+    linears_agree("cpu", torch.float32, 1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)])
+def test_linears_sum_their_gradients_on_gpu(dtype, tolerance):
+    torch.backends.cuda.matmul.allow_tf32 = False
+    linears_agree("cuda", dtype, tolerance)
+
+
+def test_linears_leave_other_modules_alone(kernels_everywhere):
+    """Frozen weights get no gradient; a hook and a module of another kind are called."""
+    maps, x = linear_maps()
+    maps[0].weight.requires_grad_(False)
+    x.requires_grad_()
+    sum(y.sum() for y in ops.linears(x, *maps)).backward()
+    assert maps[0].weight.grad is None
+    assert maps[1].weight.grad is not None
+    torch.testing.assert_close(x.grad, sum(m.weight.sum(0) for m in maps).expand_as(x))
+    called = []
+    maps[2].register_forward_hook(lambda *a: called.append(1))
+    ops.linears(x, *maps)
+    assert called == [1]
+    maps[2] = torch.nn.Linear(24, 3)
+    torch.testing.assert_close(ops.linears(x, *maps)[2], maps[2](x))
+
+
+def test_linears_follow_autocast(kernels_everywhere):
+    maps, x = linear_maps()
+    x.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = ops.linears(x, *maps)
+    assert {y.dtype for y in outputs} == {torch.bfloat16}
+    sum(y.float().sum() for y in outputs).backward()
+    assert x.grad.dtype == maps[0].weight.grad.dtype == torch.float32
+
+
 def test_norms_return_the_dtype_of_autocast():
     x, weight = torch.randn(5, 12), torch.ones(12)
     with torch.autocast("cpu", torch.bfloat16):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from training import checkpoints, setup
@@ -74,7 +75,7 @@ def configured(folder, *changes):
 def history(run: Path) -> list[dict]:
     """Log entries without what depends on the clock."""
     entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in entry.items() if k != "tokens_per_s"} for entry in entries]
+    return [{k: v for k, v in entry.items() if k not in ("tokens_per_s", "mfu")} for entry in entries]
 
 
 def assert_same_run(one: Path, other: Path) -> None:
@@ -88,10 +89,17 @@ def test_a_run_leaves_a_loadable_model_and_its_history(folder, monkeypatch):
     loads = []
     load = torch.load
     monkeypatch.setattr(torch, "load", lambda *a, **k: (loads.append(k.get("weights_only")), load(*a, **k))[1])
-    config = configured(folder, "log.tensorboard=true", "checkpoint.every=5")
+    config = configured(folder, "log.tensorboard=true", "checkpoint.every=5", "log.peak_tflops=0.001")
     run = train(config)
     assert sorted(p.name for p in run.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-12"]
-    assert list((run / "tensorboard").iterdir())
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    shown = {"loss", "grad_norm", "tokens_per_s", "mfu", "kept_per_head", "kept_per_head/layer_0", "lambda/layer_0"}
+    assert {f"train/{name}" for name in shown} <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("train/mfu")] == list(range(1, 13))
+    logged = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert all(entry["mfu"] > 0 for entry in logged)
+    # longer rows cost more
+    assert logged[-1]["mfu"] / logged[-1]["tokens_per_s"] > logged[0]["mfu"] / logged[0]["tokens_per_s"]
     assert not [p for p in run.rglob("*") if p.suffix in (".bin", ".pkl") or p.name.startswith(".")]
     assert load_config(run / "config.yaml") == config
     entries = history(run)
@@ -265,7 +273,7 @@ def test_newest_whole_checkpoint_is_taken(tmp_path):
         (["needles.digits=0"], r"needles\.digits=0 is below 1"),
         (["data.workers=2"], r"data\.workers=2 with a streamed source"),
         (["curriculum=[{until_step: 4, sequence_length: 12}]"], r"sequence_length=12 tokens can't hold a needle"),
-        (["fsdp=true"], r"fsdp=True shards over CUDA devices: start with torchrun"),
+        (["fsdp=true"], r"fsdp=True shards over the processes that torchrun starts"),
         (["model.weights=none"], r"model\.weights='none' holds no model"),
     ],
 )

@@ -1,8 +1,14 @@
 """Configuration: defaults < file < command line, and errors that name the key."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
-from training.config import TrainConfig, difference, load_config, save_config
+from training.config import ModelSection, TrainConfig, difference, load_config, save_config
+from training.setup import split_batch
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -64,6 +70,66 @@ def test_errors_name_the_key(write, text, changes, message):
         load_config(write(text), changes)
 
 
+def test_a_file_extends_another(write, tmp_path):
+    (tmp_path / "base.yaml").write_text(BASE + "optimizer: {lr: 0.5, clip: 2}\ncurriculum: [{until_step: 3}]\n")
+    (tmp_path / "middle.yaml").write_text("extends: base.yaml\noptimizer: {clip: 3}\nsteps: 8\n")
+    config = load_config(write("extends: middle.yaml\ncurriculum: []\n"), ["optimizer.eps=1e-7"])
+    o = config.optimizer
+    assert (o.lr, o.clip, o.eps, config.steps, config.curriculum) == (0.5, 3, 1e-7, 8, [])
+    assert config.data.sources[0].path == "a.txt"
+    assert config.output == "runs/run"
+    with pytest.raises(ValueError, match=r"gone\.yaml \(extends in .*run\.yaml\) is no file"):
+        load_config(write("extends: gone.yaml\n"))
+    (tmp_path / "base.yaml").write_text("extends: middle.yaml\n")
+    with pytest.raises(ValueError, match=r"extends='middle\.yaml' in .*base\.yaml: the files extend each other"):
+        load_config(tmp_path / "middle.yaml")
+    (tmp_path / "base.yaml").write_text("stepz: 2\n")
+    with pytest.raises(ValueError, match=r"base\.yaml: unknown key stepz"):
+        load_config(tmp_path / "middle.yaml")
+
+
+MEMBERS = ("transformer", "gdn", "gdn-swa", "gdn-full", "nsa", "lansa", "lalte")
+
+
+@pytest.mark.parametrize("size", ["0.4b", "1.4b"])
+def test_the_recipes_of_a_size_differ_only_in_the_model(size):
+    recipes = {}
+    for member in MEMBERS:
+        config = load_config(ROOT / "configs" / "train" / f"{member}-{size}.yaml")
+        assert config.model == ModelSection(config=f"configs/models/{member}-{size}.json")
+        assert config.output == f"runs/{member}-{size}"
+        recipes[member] = replace(config, model=ModelSection(), output="")
+    assert all(recipe == recipes["lalte"] for recipe in recipes.values())
+
+
+def test_the_sizes_differ_only_in_model_tokens_and_rows():
+    small, large = (load_config(ROOT / "configs" / "train" / f"lalte-{size}.yaml") for size in ("0.4b", "1.4b"))
+    tokens = [config.steps * config.batch.tokens_per_step for config in (small, large)]
+    assert tokens == [pytest.approx(10e9, rel=1e-4), pytest.approx(30e9, rel=1e-4)]
+    assert large.data.sources[0].hub_config == "sample-100BT"
+    data = replace(large.data, sources=[replace(large.data.sources[0], hub_config="sample-10BT")])
+    batch = replace(large.batch, sequences=small.batch.sequences)
+    changed = {"model": small.model, "output": small.output, "steps": small.steps, "data": data, "batch": batch}
+    assert replace(large, **changed) == small
+    assert (small.optimizer.lr, small.optimizer.min_lr_ratio, small.optimizer.clip) == (3e-4, 0.1, 1.0)
+    assert (small.data.sequence_length, small.batch.tokens_per_step) == (4096, 2**19)
+
+
+@pytest.mark.parametrize(("world", "expected"), [(1, (8, 16)), (8, (8, 2)), (16, (8, 1)), (64, (2, 1))])
+def test_a_recipe_fits_any_number_of_devices(world, expected):
+    config = load_config(ROOT / "configs" / "train" / "lalte-0.4b.yaml")
+    assert split_batch(config, world) == expected
+    assert config.data.lanes % world == 0
+
+
+def test_tokens_that_can_not_be_shared():
+    config = load_config(ROOT / "configs" / "train" / "lalte-0.4b.yaml")
+    with pytest.raises(ValueError, match=r"tokens_per_step=524288 .* each of 3 ranks: use a multiple of 12288"):
+        split_batch(config, 3)
+    with pytest.raises(ValueError, match=r"batch\.accumulation=2: leave it at 1"):
+        load_config(ROOT / "configs" / "train" / "lalte-0.4b.yaml", ["batch.accumulation=2"])
+
+
 def test_missing_file():
     with pytest.raises(ValueError, match=r"nowhere\.yaml is no file"):
         load_config("nowhere.yaml")
@@ -72,7 +138,10 @@ def test_missing_file():
 def test_difference_names_the_first_key_that_matters(write, tmp_path):
     config = load_config(write(BASE))
     save_config(config, tmp_path / "config.yaml")
-    free = load_config(write(BASE), ["output=there", "log.every=1", "checkpoint.keep=9", "data.workers=3"])
+    free = load_config(
+        write(BASE),
+        ["output=there", "log.every=1", "data.workers=3", "fsdp=true", "batch={sequences: 1, accumulation: 9}"],
+    )
     assert difference(tmp_path / "config.yaml", free) is None
     other = load_config(write(BASE), ["data.sources.0.weight=3"])
     assert difference(tmp_path / "config.yaml", other) == "data.sources[0].weight (there 2.0, now 3.0)"

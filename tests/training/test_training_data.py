@@ -94,7 +94,8 @@ def test_ranks_share_no_row_and_together_give_the_single_rank_order(tokenizer, t
 def test_streams_of_ranks_are_disjoint_and_complete(tokenizer, text_file, texts):
     found = []
     for rank in range(2):
-        stream = make_rows(tokenizer, text_file, rank=rank, world=2, streaming=True, shuffle_buffer=7).streams[0]
+        rows = make_rows(tokenizer, text_file, rank=rank, world=2, streaming=True, shuffle_buffer=7)
+        stream = rows.streams[0, rank]
         seen = set()
         while stream.epoch == 0:
             row = stream.row(50)
@@ -107,13 +108,129 @@ def test_streams_of_ranks_are_disjoint_and_complete(tokenizer, text_file, texts)
     assert min(map(len, mine)) > 5
 
 
+NEEDLES = NeedleConfig(fraction=0.3, needle="{key}: {value}.", preamble="", question="{key}?", prefix="", digits=1)
+
+
+def mixed_rows(tokenizer, text_file, *, rank, world, accumulation):
+    """Rows of a cached source, two streams and needles, over two stages; 8 rows a step, then 4."""
+    file = {"path": str(text_file), "separator": SEPARATOR}
+    sources = [SourceConfig(**file), *(SourceConfig(**file, streaming=True, max_documents=n) for n in (13, 8))]
+    config = DataConfig(
+        sources=sources, sequence_length=160, shuffle_buffer=5, lanes=4, cache_dir=str(text_file.parent / "cache")
+    )
+    stages = plan_stages(
+        config,
+        NEEDLES,
+        [StageConfig(until_step=6, sequence_length=80)],
+        steps=13,
+        sequences=1,
+        parts=world * accumulation,
+        tokens_per_step=640,
+    )
+    return TrainingRows(config, stages, tokenizer, seed=5, rank=rank, world=world, progress=False)
+
+
+def all_batches(rows, *, rank, world, accumulation):
+    return list(StepBatches(rows.stages, accumulation=accumulation, rank=rank, world=world))
+
+
+def read_steps(rows, batches, steps, accumulation):
+    """Tokens of every row by step, and the cursors after the last."""
+    read, cursors = [], {}
+    for step in steps:
+        micro = [[rows[key] for key in batch] for batch in batches[step * accumulation : (step + 1) * accumulation]]
+        read.append([row.tokens for batch in micro for row in batch])
+        cursors = next((row.cursors for batch in micro[::-1] for row in batch[::-1] if row.cursors), cursors)
+    return read, cursors
+
+
+@pytest.mark.parametrize(("world", "accumulation"), [(2, 1), (2, 2), (4, 1)])
+def test_ranks_read_what_one_rank_reads_and_go_on_where_others_stopped(tokenizer, text_file, world, accumulation):
+    """Every row once, in the order of one rank, streamed ones included; then on, on one rank, from all cursors."""
+    single = mixed_rows(tokenizer, text_file, rank=0, world=1, accumulation=1)
+    batches = all_batches(single, rank=0, world=1, accumulation=1)
+    expected, _ = read_steps(single, batches, range(13), 1)
+    assert [len(step) for step in expected] == [8] * 6 + [4] * 7
+    assert max(stream.epoch for stream in single.streams.values()) >= 1
+    cursors, union = {}, [[] for _ in range(9)]
+    for rank in range(world):
+        rows = mixed_rows(tokenizer, text_file, rank=rank, world=world, accumulation=accumulation)
+        own = all_batches(rows, rank=rank, world=world, accumulation=accumulation)
+        read, last = read_steps(rows, own, range(9), accumulation)
+        union = [[*before, *now] for before, now in zip(union, read, strict=True)]
+        assert not cursors.keys() & last.keys()
+        cursors |= last
+    for ours, theirs in zip(union, expected, strict=False):
+        np.testing.assert_array_equal(ours, theirs)
+    resumed = mixed_rows(tokenizer, text_file, rank=0, world=1, accumulation=1)
+    resumed.load_cursors(cursors)
+    for ours, theirs in zip(read_steps(resumed, batches, range(9, 13), 1)[0], expected[9:], strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    # and the other way: from one rank to the last of many
+    again = mixed_rows(tokenizer, text_file, rank=0, world=1, accumulation=1)
+    _, cursors = read_steps(again, batches, range(9), 1)
+    assert cursors.keys() == {f"{source}/{lane}" for source, lane in again.streams}
+    rows = mixed_rows(tokenizer, text_file, rank=world - 1, world=world, accumulation=accumulation)
+    rows.load_cursors(cursors)
+    read, _ = read_steps(rows, own, range(9, 13), accumulation)
+    for ours, theirs in zip(read, expected[9:], strict=True):
+        np.testing.assert_array_equal(ours, theirs[-len(ours) :])
+
+
+def test_lanes_of_a_rank_read_the_source_once(tokenizer, text_file, monkeypatch):
+    from training import streams
+
+    reads, read = [], streams.iter_documents
+    monkeypatch.setattr(streams, "iter_documents", lambda *args: (reads.append(1), read(*args))[1])
+    rows = make_rows(tokenizer, text_file, streaming=True, lanes=3, shuffle_buffer=2, steps=200)
+    epochs = 0
+    for index in range(600):
+        rows[0, index]
+        epochs = 1 + max(stream.epoch for stream in rows.streams.values())
+    assert epochs > 3
+    assert len(reads) == epochs
+
+
+def test_lanes_that_ranks_can_not_share(tokenizer, text_file):
+    with pytest.raises(ValueError, match=r"data\.lanes=3 can't be shared by 2 ranks"):
+        make_rows(tokenizer, text_file, world=2, streaming=True, lanes=3)
+    with pytest.raises(ValueError, match=r"holds no text for lane 70 of 80: add documents, or lower data\.lanes"):
+        make_rows(tokenizer, text_file, streaming=True, lanes=80).streams[0, 70].row(9)
+
+
+def test_a_step_of_so_many_tokens():
+    data = DataConfig(sequence_length=96)
+    stages = plan_stages(
+        data,
+        NeedleConfig(),
+        [StageConfig(until_step=2, sequence_length=48)],
+        steps=4,
+        sequences=99,
+        parts=2,
+        tokens_per_step=384,
+    )
+    assert [(s.rows, s.step_rows) for s in stages] == [(4, 8), (2, 4)]
+    with pytest.raises(
+        ValueError, match=r"tokens_per_step=384 is no multiple of 2 .* curriculum\[0\]\.sequence_length=36"
+    ):
+        plan_stages(
+            data,
+            NeedleConfig(),
+            [StageConfig(until_step=2, sequence_length=36)],
+            steps=4,
+            sequences=2,
+            parts=2,
+            tokens_per_step=384,
+        )
+
+
 @pytest.mark.parametrize("split", [True, False])
 def test_a_stream_goes_on_from_its_cursor(tokenizer, text_file, split):
     fields = {"streaming": True, "shuffle_buffer": 11, "split_documents": split}
     rows = make_rows(tokenizer, text_file, **fields)
     keys = [(0, i) for i in range(300)]
     whole = [rows[key] for key in keys]
-    assert rows.streams[0].epoch >= 1
+    assert rows.streams[0, 0].epoch >= 1
     for stop in (0, 1, 17, 164, 290):
         resumed = make_rows(tokenizer, text_file, **fields)
         if stop:
@@ -198,7 +315,7 @@ def test_empty_data_and_short_data(tokenizer, tmp_path):
     path.write_text(f" \n{SEPARATOR} ")
     with pytest.raises(ValueError, match=r"data\.sources\[0\] \(.*texts\.txt\) holds no text"):
         make_rows(tokenizer, path)
-    with pytest.raises(ValueError, match=r"holds no text for rank 0"):
+    with pytest.raises(ValueError, match=r"holds no text for lane 0"):
         make_rows(tokenizer, path, streaming=True)[0, 0]
     path.write_text("Too short.")
     with pytest.raises(ValueError, match=r"holds \d+ tokens, less than one row of 37"):
