@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from models.streaming_architectures import Family, encoding_of, family_of
+from models.streaming_architectures import Family, encoding_of, family_of, passes_masks_on
 from models.streaming_cache import PIECE, StreamingCache, StreamingStep
 from models.streaming_retention import RetainingCache, policy_of
 
@@ -101,6 +101,8 @@ def _begin(base: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | N
     _check_call(base, inputs)
     real_BT = _real(kwargs.get("attention_mask"), batch, length, cache.columns)
     cache.start(batch, tokens.device)
+    if passes_masks_on(base):  # nobody reads it; a mask of the model's own costs time and may wait for the device
+        inputs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens.device)
     earlier: list[ModelOutput] = []
     for first in range(0, length, PIECE):
         last = min(first + PIECE, length)

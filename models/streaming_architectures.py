@@ -58,11 +58,11 @@ def _project_gpt_neox(module: nn.Module, x_BTC: Tensor) -> Projected:
 
 
 def _project_falcon(module: nn.Module, x_BTC: Tensor) -> Projected:
-    q, k, v = module._split_heads(module.query_key_value(x_BTC))
-    if module.new_decoder_architecture:  # its keys come repeated for every query head of a group
-        group = module.num_heads // module.num_kv_heads
-        k, v = k[:, :, ::group], v[:, :, ::group]
-    return q, k, v
+    shares = module.new_decoder_architecture or module.multi_query
+    heads = module.num_kv_heads if shares else module.num_heads
+    # each KV head's queries, key and value; slices, since an index that is a list waits for the device
+    fused = module.query_key_value(x_BTC).unflatten(-1, (heads, -1, module.head_dim))
+    return fused[..., :-2, :].flatten(2, 3), fused[..., -2, :], fused[..., -1, :]
 
 
 def _project_mpt(module: nn.Module, x_BTC: Tensor) -> Projected:
@@ -106,6 +106,14 @@ FAMILIES = (
         lambda module: module.softmax_scale,
     ),
 )
+
+
+def passes_masks_on(base: nn.Module) -> bool:
+    """Whether a base model hands a mask with four dimensions on as it is, instead of making one of its own.
+
+    Falcon with linear biases builds them from the mask, and wants it with two.
+    """
+    return not getattr(base, "use_alibi", False)
 
 
 def family_of(model: object) -> Family:

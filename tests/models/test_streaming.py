@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers as tf
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.streaming import SYSTEMS, Reader, Settings, _measure, run, table
 from lte.visibility import visible
@@ -64,6 +65,7 @@ MODELS = {
     ),
 }
 PLAIN = ("llama", "gpt-neox", "falcon", "falcon-alibi", "mpt")
+UNWAITING = (*PLAIN, "falcon-grouped", "qwen3")
 
 
 def build(name: str) -> tf.PreTrainedModel:
@@ -509,8 +511,52 @@ def test_benchmark_settings_that_can_not_be_run(change, message, tmp_path):
         run(Settings(**({"out": str(tmp_path / "x.json")} | change)))
 
 
+WAITING = (
+    torch.ops.aten.lift_fresh.default,  # torch.tensor(...), and an index that is a list
+    torch.ops.aten._local_scalar_dense.default,  # item(), bool(), int()
+    torch.ops.aten.nonzero.default,
+    torch.ops.aten.masked_select.default,
+)
+
+
+class Unwaiting(TorchDispatchMode):
+    """Refuses what on a CUDA device copies between it and the host, and so waits for it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        masked = func is torch.ops.aten.index.Tensor and any(x is not None and x.dtype is torch.bool for x in args[1])
+        assert func not in WAITING, f"{func} waits for the device"
+        assert not masked, "an index that is a mask waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+WAITS = {
+    "number": lambda x: x.sum().item(),
+    "choice": lambda x: 1 if (x > 0).any() else 0,
+    "list": lambda x: x[:, [-2]],
+    "mask": lambda x: x[x > 0],
+    "constant": lambda x: x + torch.tensor(0.0),
+}
+
+
+@pytest.mark.parametrize("case", WAITS)
+def test_waiting_is_noticed(case):
+    with pytest.raises(AssertionError, match="waits for the device"), Unwaiting():
+        WAITS[case](torch.ones(3, 4))
+
+
+@pytest.mark.parametrize("name", [*UNWAITING, "llama eager", "gpt-neox eager", "falcon eager", "qwen3 eager"])
+def test_a_decoding_step_holds_nothing_that_waits(name):
+    model, ids = build(name.removesuffix(" eager")), tokens(2, 30, seed=17)
+    if name.endswith(" eager"):
+        model.set_attn_implementation("eager")
+    cache = stream(model, 3, 5)
+    feed(model, cache, ids[:, :12], 12)
+    with Unwaiting():
+        feed(model, cache, ids[:, 12:])
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", UNWAITING)
 def test_a_decoding_step_never_waits_for_the_device(name):
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")

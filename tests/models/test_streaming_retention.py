@@ -18,7 +18,7 @@ from lte.policies import Arrivals, Random
 from models.streaming import stream
 from models.streaming_architectures import family_of
 from models.streaming_cache import PIECE
-from tests.models.test_streaming import GATED, build, close, feed
+from tests.models.test_streaming import GATED, Unwaiting, build, close, feed
 
 POLICIES = ("h2o", "tova", "key_norm", "random", "recency")
 KEYS: dict[str, tuple[int, Callable[[nn.Module, Tensor], Tensor]]] = {  # KV heads; keys [T, H, D] before rotation
@@ -220,6 +220,19 @@ def test_other_uses_of_a_cache(name, retention):
     assert all(x.dtype == torch.bfloat16 for x in (*cache.keys, *cache.values))
     dense = feed(model, None, ids, 30)
     assert ((out - dense).square().mean() / dense.square().mean()).sqrt() < 0.06
+
+
+@pytest.mark.parametrize("retention", POLICIES)
+@pytest.mark.parametrize("name", ["llama", "mpt"])
+def test_a_decoding_step_holds_nothing_that_waits(name, retention):
+    model, ids = build(name), distinct(2, 30, seed=3)
+    cache = stream(model, 2, 5, 4, retention)
+    feed(model, cache, ids[:, :12], 12)
+    with Unwaiting():
+        feed(model, cache, ids[:, 12:])
+    padded = torch.tensor([[1], [0]])
+    with Unwaiting():
+        feed(model, cache, ids[:, :1], attention_mask=padded)
 
 
 def test_what_can_not_be_retained():
