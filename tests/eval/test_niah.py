@@ -329,6 +329,16 @@ def test_load_model(folder, llama):
     assert loading.model_identity(same) != loading.model_identity(model)
 
 
+def test_gguf_files_that_can_not_be_loaded(tmp_path):
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF")
+    for name, words in (
+        ("nowhere.gguf", "is no file; give a GGUF file"),
+        ("broken.gguf", "needs the packages gguf|can't be loaded"),
+    ):
+        with pytest.raises(ValueError, match=rf"{name} .*({words})"):
+            loading.load_model(tmp_path / name, "auto", "cpu")
+
+
 @pytest.mark.parametrize(
     ("harm", "named"),
     [

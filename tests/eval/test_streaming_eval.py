@@ -164,6 +164,27 @@ def test_perplexity_is_that_of_one_pass_and_survives_a_stop(name, book, tokenize
         run_perplexity(model, tokenizer, [book], tmp_path / "stopped", tokens=1000, chunk=64, progress=False, **how)
 
 
+def test_ours_are_read_under_another_rule(book, tokenizer, tmp_path):
+    model = make_model("lalte", **LALTE)
+    rule, seen = lambda: (model.retention, model.retention_budget), set()
+    own = rule()
+    how = {"tokens": 300, "chunk": 64, "progress": False, "on_chunk": lambda _: seen.add(rule())}
+    content = run_perplexity(model, tokenizer, [book], tmp_path / "h2o", retention="h2o", budget=3, **how)
+    assert (seen, rule()) == ({("h2o", 3)}, own)
+    assert (content["config"]["retention"], content["config"]["budget"]) == ("h2o", 3)
+    model.use_retention("h2o", 3)
+    changed = run_perplexity(model, tokenizer, [book], tmp_path / "changed", **how)
+    figures = lambda content: [row["median"] for row in content["rows"] if row["metric"] in ("perplexity", "bytes")]
+    assert figures(content) == pytest.approx(figures(changed), rel=1e-6)
+    model = make_model("lalte", **LALTE)
+    assert figures(run_perplexity(model, tokenizer, [book], tmp_path / "own", **how)) != figures(content)
+    lines = {"lines": 8, "every": 4, "streams": 1, "progress": False}
+    nbytes = lambda out, **more: run_streameval(model, tokenizer, [2], tmp_path / out, **lines, **more)["rows"][-1]
+    less, more = nbytes("a", retention="tova", budget=2), nbytes("b", retention="tova", budget=5)
+    assert less["metric"] == more["metric"] == "bytes"
+    assert 0 < less["median"] < more["median"]
+
+
 def test_memory_is_constant_for_ours_and_grows_for_a_full_cache(book, tokenizer, tmp_path):
     curve_of = lambda model, **how: run_perplexity(
         model, tokenizer, [book], tmp_path / str(len(list(tmp_path.iterdir()))), tokens=900, progress=False, **how
@@ -204,6 +225,8 @@ def test_perplexity_refuses_what_it_cannot_do(book, tokenizer, tmp_path):
         (llama, [tmp_path / "nothing.txt"], {}, "nothing.txt is not a file"),
         (llama, [tmp_path / "empty.txt"], {}, "fewer than two tokens"),
         (llama, [book], {"budget": 3}, "retains no tokens"),
+        (llama, [book], {"retention": "h2o"}, "retains no tokens"),
+        (ours, [book], {"cache": "stream", "retention": "h2o", "budget": 3}, "has a cache of its own"),
     ):
         with pytest.raises(ValueError, match=words):
             run_perplexity(model, tokenizer, texts, tmp_path / words[:9], progress=False, **how)
@@ -370,6 +393,8 @@ def test_streameval_refuses_what_it_cannot_do(tokenizer, tmp_path):
         ([500], {"lines": 500}, "lines: 500 ask nothing at distance 500; give 510"),
         ([2], {"names": "letters"}, "names: 'letters'"),
         ([2], {"streams": 0}, "streams: 0"),
+        ([2], {"retention": "h2o"}, "retention: LlamaForCausalLM retains tokens with cache stream only"),
+        ([2], {"cache": "full", "budget": 3}, "budget: LlamaForCausalLM retains tokens with cache stream only"),
     ):
         with pytest.raises(ValueError, match=words):
             run_streameval(model, tokenizer, distances, tmp_path / "out", progress=False, **how)

@@ -12,6 +12,7 @@ from eval.choices import Question, conversation, read_questions
 from eval.streamqa import one_shot, pieces, run_streamqa
 from eval.streams import encode
 from tests.eval.test_streaming_eval import Rememberer
+from tests.tiny_models import make_model
 from tests.tiny_texts import make_llama, make_tokenizer
 
 TEMPLATE = (
@@ -151,6 +152,18 @@ def test_a_model_that_remembers_answers_again(tokenizer, tmp_path):
     split = run_streamqa(Rememberer(10**6), tokenizer, twice, tmp_path / "c", streams=5, batch_size=2, progress=False)
     assert [record["score"] for _, record in sorted(records(tmp_path / "c", "own").items())][5:] == [1.0] * 5
     assert split["rows"][0]["n"] == 10
+
+
+def test_ours_are_read_under_another_rule(tokenizer, tmp_path):
+    model = make_model("lalte", vocab_size=400, max_position_embeddings=400)
+    own, found = (model.retention, model.retention_budget), []
+    for budget in (2, 5):
+        how = {"systems": ["own"], "retention": "tova", "budget": budget, "progress": False}
+        content = run_streamqa(model, tokenizer, QUESTIONS, tmp_path / str(budget), **how)
+        assert (content["config"]["retention"], content["config"]["budget"]) == ("tova", budget)
+        found += [row["median"] for row in content["rows"] if row["metric"] == "bytes"]
+    assert 0 < found[0] < found[1]
+    assert (model.retention, model.retention_budget) == own
 
 
 def test_what_can_not_be_run(tokenizer, tmp_path):
