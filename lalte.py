@@ -285,6 +285,7 @@ BENCHMARKS = {
     "prefill": _command_of("benchmarks.prefill", "prompts of growing length"),
     "decode": _command_of("benchmarks.decode", "milliseconds a token, after texts of growing length"),
     "coldstart": _command_of("benchmarks.coldstart", "from an empty kernel cache to the first training step"),
+    "sinks": _command_of("benchmarks.sinks", "models trained with and without a sink of their own, streamed"),
     "streaming": _command_of("benchmarks.streaming", "StreamingLLM caches on a pretrained model, beside its peers"),
 }
 COMMANDS = {

@@ -1,7 +1,7 @@
 """Model FLOPs of training, and the share of a device's peak that a run reaches (MFU, arXiv 2204.02311, appendix B).
 
 Counted is what the model needs, not what a kernel does: recomputed blocks, padding of tiles and masked halves count
-nothing. L layers, H heads, D head dimension, K keys that a query reads, T tokens of a row.
+nothing.
 """
 
 import logging
@@ -9,7 +9,7 @@ import logging
 import torch
 
 from models import HybridConfig
-from models.info import describe
+from models.costs import costs
 
 log = logging.getLogger(__name__)
 
@@ -34,47 +34,12 @@ PEAK_TFLOPS = {
 }
 
 
-def matrix_parameters(config: HybridConfig) -> int:
-    """Parameters that a token is multiplied with; a scorer that heads share is used once for each."""
-    parts = describe(config).parameters
-    shared = {"none": 1, "heads": config.num_key_value_heads}
-    shared["layers"] = config.num_key_value_heads * config.layer_types.count("attention")
-    total = sum(parts.values()) + (shared[config.scorer_sharing] - 1) * parts["scorer"]
-    # an embedding is looked up; a tied one is the output layer, too
-    return total - (parts["embeddings"] if parts["head"] else 0)
-
-
-def train_flops_per_token(config: HybridConfig, length: int) -> float:
+def train_flops_per_token(config: HybridConfig, length: int) -> int:
     """FLOPs of forward and backward for one token of a row of `length`, seen as one document.
 
-    6 · N for the N parameters that a token meets in a product (all but an untied embedding), and of the mixers,
-    forward and backward (3 times the forward's):
-
-    - attention: 12 · H · D · K; with a window, K is window + sinks + the target density of the eligible keys
-    - native sparse attention: 12 · H · D · K, with K block means, selected keys and the window
-    - Gated DeltaNet: 18 · H · D_k · D_v, three products with the state a token: what is read for the key, what is
-      written, what is read for the query
+    Three times those of the forward pass (models/costs.py), as every product of it has two in the backward pass.
     """
-    query = torch.arange(1, length + 1, dtype=torch.float64)  # keys up to each query
-    kinds = config.layer_types
-    total = 6.0 * matrix_parameters(config)
-    if count := kinds.count("attention"):
-        keys = query
-        if config.window is not None:
-            beyond = (query - config.window).clamp(min=0)
-            sinks = beyond.clamp(max=config.sinks)
-            density = config.target_density if config.budget else 0.0
-            keys = query - beyond + sinks + density * (beyond - sinks)
-        total += count * 12 * config.num_attention_heads * config.head_dim * float(keys.mean())
-    if count := kinds.count("nsa"):
-        block = config.nsa_block_size
-        selected = query.clamp(max=config.nsa_selected_blocks * block)
-        keys = query / block + selected + query.clamp(max=config.nsa_window)
-        total += count * 12 * config.nsa_num_heads * config.nsa_head_dim * float(keys.mean())
-    if count := kinds.count("gated_deltanet"):
-        state = config.gdn_head_dim * config.gdn_head_dim * config.gdn_expand_v
-        total += count * 18 * config.gdn_num_heads * state
-    return total
+    return 3 * costs(config, length).training_operations
 
 
 def peak_flops(device: torch.device, override: float | None = None) -> float | None:

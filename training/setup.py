@@ -1,6 +1,5 @@
 """The parts that a run is put together from: model, tokenizer, arguments, and the state of its folder."""
 
-import json
 import os
 from collections.abc import Iterator
 from itertools import zip_longest
@@ -95,22 +94,13 @@ def model_config(config: TrainConfig) -> Any:
 
     Raises: ValueError for a missing or broken file, an unknown field, and whatever the model's configuration refuses.
     """
-    from models import HybridConfig
+    from models.config import load_config
 
-    path = Path(config.model.config).expanduser()
-    if not path.is_file():
-        raise ValueError(f"model.config={config.model.config!r} is no file: name a JSON file of configs/models")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"model.config={config.model.config!r} is no JSON: {error}") from None
-    known = set(HybridConfig().to_dict()) | {"architectures", "model_type", "dtype"}
     changes = {"max_position_embeddings": config.data.sequence_length, **config.model.overrides}
-    for where, fields in (("model.config", values), ("model.overrides", changes)):
-        for key in fields:
-            if key not in known:
-                raise ValueError(f"{where} has an unknown field {key!r}: the model's fields are {sorted(known)}")
-    return HybridConfig(**{**values, **changes})
+    try:
+        return load_config(config.model.config, changes)
+    except ValueError as error:
+        raise ValueError(f"model.config={config.model.config!r}: {error}") from error
 
 
 def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

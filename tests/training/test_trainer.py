@@ -263,8 +263,8 @@ def test_newest_whole_checkpoint_is_taken(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["model.config=none.json"], r"model\.config='none\.json' is no file"),
-        (["model.overrides.windw=9"], r"model\.overrides has an unknown field 'windw'"),
+        (["model.config=none.json"], r"model\.config='none\.json': none\.json is no file"),
+        (["model.overrides.windw=9"], r"overrides: unknown field windw=9; did you mean window"),
         (["model.overrides.window=6"], r"window=6 must be larger than the scorer's lookahead 6"),
         (["model.overrides.vocab_size=200"], r"has 300 entries but the model's vocab_size is 200"),
         (["data.sources.0.path=none.txt"], r"data\.sources\[0\]\.path='none\.txt' names no file"),

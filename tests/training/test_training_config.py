@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from training.config import ModelSection, TrainConfig, difference, load_config, save_config
-from training.setup import split_batch
+from training.setup import model_config, split_batch
 
 ROOT = Path(__file__).parents[2]
 
@@ -145,3 +145,12 @@ def test_difference_names_the_first_key_that_matters(write, tmp_path):
     assert difference(tmp_path / "config.yaml", free) is None
     other = load_config(write(BASE), ["data.sources.0.weight=3"])
     assert difference(tmp_path / "config.yaml", other) == "data.sources[0].weight (there 2.0, now 3.0)"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "train").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_recipe_describes_a_model(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = load_config(path)
+    model = model_config(config)
+    assert model.max_position_embeddings == config.data.sequence_length
+    assert (config.steps or 0) > 0
