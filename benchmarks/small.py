@@ -186,16 +186,26 @@ def jobs(model: Any, tokenizer: Any, config: SmallConfig) -> Iterator[Job]:
             yield f"retained-{kind}", lambda out, w=where, s=step: run_retained(model, tokenizer, *w, out, **s)
 
 
-def evaluate(config: SmallConfig) -> None:
-    """Run every evaluation of one model. Raises: ValueError for anything that the user can set right."""
+def evaluate(config: SmallConfig) -> int:
+    """Run every evaluation of one model; the number of those that failed, which the others don't wait for.
+
+    Raises:
+        ValueError: a model that can't be loaded.
+    """
     model, tokenizer = load(config)
-    out = Path(config.out)
+    out, failed = Path(config.out), 0
     for folder, job in jobs(model, tokenizer, config):
         started = time.perf_counter()
-        rows = job(out / folder)["rows"]
+        try:
+            rows = job(out / folder)["rows"]
+        except (ValueError, RuntimeError) as error:
+            failed += 1
+            print(f"{config.name} {folder} failed: {' '.join(str(error).split())[:500]}", file=sys.stderr, flush=True)
+            continue
         found = ", ".join(f"{row['case']} {row['median']:.3f}" for row in rows)
         print(f"{config.name} {folder} ({time.perf_counter() - started:.0f} s): {found}", flush=True)
     keep(config)
+    return failed
 
 
 # ---- the table of all models ----
@@ -310,7 +320,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; the exit status is 2 for an error of the user's."""
+    """Run the command; the exit status is 1 if an evaluation failed, 2 for an error of the user's."""
     args = parser().parse_args(argv)
     try:
         if args.table:
@@ -318,7 +328,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise ValueError("out: missing; give --out")
             table(Path(args.table), Path(args.out), args.overwrite)
         else:
-            evaluate(resolve(SmallConfig, args, needed=("model", "name", "out")))
+            return int(evaluate(resolve(SmallConfig, args, needed=("model", "name", "out"))) > 0)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -73,8 +73,11 @@ def test_a_model_is_evaluated_by_one_line(tokenizer, tmp_path, capsys):
     line += ["--budgets", 2, "--policies", "key_norm", "--memory-tasks", "single_1", "--memory-lengths", 1700]
     line += ["--memory-samples", 1, "--kept-tasks", "single_1", "--kept-lengths", 1700, "--kept-samples", 1]
     line += ["--dtype", "float32", "--device", "cpu"]
-    assert small.main([str(word) for word in line]) == 0
-    assert capsys.readouterr().out.count("niah_single_1 L1700 ") == 3
+    line += ["--squad", tmp_path / "gone.jsonl"]
+    assert small.main([str(word) for word in line]) == 1, "one fails, and the others are measured"
+    shown = capsys.readouterr()
+    assert shown.out.count("niah_single_1 L1700 ") == 3
+    assert "mine squad failed: " in shown.err
     table = ["--table", str(tmp_path / "runs"), "--out", str(tmp_path / "results")]
     assert small.main(table) == 0
     names = {path.name for path in (tmp_path / "results").glob("*.json")}
