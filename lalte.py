@@ -275,6 +275,7 @@ EVALUATIONS = {
     "perplexity": _command_of("eval.perplexity_cli", "perplexity of an endless text, over the position in it"),
     "streameval": _command_of("eval.streameval_cli", "an endless record: is a line from before still known?"),
     "streamqa": _command_of("eval.streamqa_cli", "an endless row of questions: are they answered right?"),
+    "retained": _command_of("eval.retained_cli", "what the scorer keeps: the share of needle tokens retained"),
     "compare": _command_of("eval.compare_cli", "join the results of several runs into one table and figures"),
 }
 BENCHMARKS = {

@@ -5,7 +5,7 @@ not generalisation to other wordings. Change the templates for that.
 """
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -14,8 +14,12 @@ import numpy as np
 from omegaconf import OmegaConf
 
 HAYSTACKS = ("noise", "text", "needles")
-KEY_TYPES = ("words", "number", "uuid")
+KEY_TYPES = ("words", "nouns", "name", "code", "number", "uuid")
 VALUE_TYPES = ("number", "uuid", "hex", "word")
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+# syllables of made-up names: first, then one or two inner ones
+HEADS = ("Al", "Ber", "Cor", "Dan", "El", "Fal", "Gor", "Hel", "Is", "Jor", "Kel", "Lor", "Mar", "Nor", "Os", "Per")
+TAILS = ("a", "den", "dra", "fin", "go", "ia", "ko", "lin", "mas", "mir", "na", "rick", "ron", "ta", "ton", "vik")
 
 
 @dataclass
@@ -25,6 +29,8 @@ class NeedleConfig:
     fraction: share of the rows that are needle rows, from 0 to 1.
     haystacks: drawn evenly for each document: noise (the sentences below), text (the text sources), needles (more
         needles, as many as fit).
+    key_type: words (adjective-noun), nouns (two, with a space), name (two made-up ones), code (two letters, four
+        figures), number or uuid.
     keys, questions: least and most per document; a question asks about `queries` keys with `values` values each.
     digits: figures of a number or hex value.
     length: least and most tokens of a document; null: a document fills its row.
@@ -152,7 +158,13 @@ def draw_key(rng: np.random.Generator, config: NeedleConfig) -> str:
     """A random key of the configured type."""
     if config.key_type == "words":
         adjectives, nouns = words()
-        return f"{adjectives[rng.integers(len(adjectives))]}-{nouns[rng.integers(len(nouns))]}"
+        return f"{_one(rng, adjectives)}-{_one(rng, nouns)}"
+    if config.key_type == "nouns":
+        return f"{_one(rng, words()[1])} {_one(rng, words()[1])}"
+    if config.key_type == "name":
+        return f"{_name(rng)} {_name(rng)}"
+    if config.key_type == "code":
+        return f"{_one(rng, LETTERS)}{_one(rng, LETTERS)}-{_number(rng, 4)}"
     return _number(rng, config.digits) if config.key_type == "number" else _uuid(rng)
 
 
@@ -163,7 +175,7 @@ def draw_value(rng: np.random.Generator, config: NeedleConfig) -> str:
     if config.value_type == "hex":
         return "".join("0123456789abcdef"[i] for i in rng.integers(16, size=config.digits))
     if config.value_type == "word":
-        return words()[1][rng.integers(len(words()[1]))]
+        return _one(rng, words()[1])
     return _uuid(rng)
 
 
@@ -175,6 +187,14 @@ def wordings(config: NeedleConfig, seed: int, count: int) -> Iterator[str]:
     for _ in range(count):
         parts = {"key": draw_key(rng, config), "value": draw_value(rng, config), "type": kind, "types": kind + "s"}
         yield "\n".join([config.noise, *(getattr(config, label).format(**parts) for label in labels)])
+
+
+def _one(rng: np.random.Generator, choices: Sequence[str]) -> str:
+    return choices[rng.integers(len(choices))]
+
+
+def _name(rng: np.random.Generator) -> str:
+    return _one(rng, HEADS) + "".join(_one(rng, TAILS) for _ in range(rng.integers(1, 3)))
 
 
 def _number(rng: np.random.Generator, digits: int) -> str:

@@ -1,0 +1,128 @@
+"""The recipes of the first results: one recipe for all members, and a wording that the evaluation never uses."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from eval import needles as evaluation
+from models.config import load_config as load_model_config
+from models.info import describe
+from training.config import ModelSection, load_config
+from training.data import TrainingRows, check_data, plan_stages
+from training.setup import model_config, split_batch
+from training.sources import SourceConfig
+from training.tokenizer import TokenizerConfig, train_tokenizer
+from training.wording import NeedleConfig, variants, wordings
+
+ROOT = Path(__file__).parents[2]
+RECIPES = ROOT / "configs" / "train"
+MEMBERS = ("transformer", "gdn", "gdn-swa", "gdn-swa-wide", "gdn-full", "lansa", "lalte")
+TEMPLATES = ("needle", "preamble", "question", "prefix", "answer", "noise")
+TEMPLATES += ("preamble_many", "question_many", "prefix_many")
+
+
+def recipe(name):
+    return load_config(RECIPES / "small" / f"{name}.yaml")
+
+
+def stages_of(config):
+    rows, parts = split_batch(config, 1)
+    batch = {"sequences": rows, "parts": parts, "tokens_per_step": config.batch.tokens_per_step}
+    return plan_stages(config.data, config.needles, config.curriculum, steps=config.steps, **batch)
+
+
+@pytest.mark.parametrize("prefix", ["", "nano-"])
+def test_members_differ_only_in_the_model(prefix):
+    recipes = {member: recipe(prefix + member) for member in MEMBERS}
+    assert len(set(path.stem for path in (RECIPES / "small").glob("*.yaml"))) == 2 * len(MEMBERS) + 2
+    common = [replace(config, model=ModelSection(), output="") for config in recipes.values()]
+    assert all(config == common[0] for config in common)
+    tokens = common[0].steps * common[0].batch.tokens_per_step
+    assert tokens >= (100e6 if prefix else 200e6)
+    models = {member: model_config(config) for member, config in recipes.items()}
+    memory = models["lalte"].sinks + models["lalte"].window + models["lalte"].budget
+    assert (models["gdn-swa"].window, models["gdn-swa-wide"].window) == (models["lalte"].window, memory)
+    assert models["lansa"].nsa_selected_blocks * models["lansa"].nsa_block_size + models["lansa"].nsa_window < memory
+    assert {model.vocab_size for model in models.values()} == {common[0].tokenizer.train_vocab_size}
+    assert {model.max_position_embeddings for model in models.values()} == {2048}
+    sizes = [describe(model).total for model in models.values()]
+    assert max(sizes) < (1.1 if prefix else 1.02) * min(sizes)
+
+
+def test_small_models_are_named_by_their_recipes():
+    for member in MEMBERS:
+        config = recipe(member)
+        assert config.model.config == f"configs/models/{member}-small.json"
+        assert 30e6 < describe(load_model_config(ROOT / config.model.config)).total < 45e6
+
+
+@pytest.mark.parametrize("member", ["lalte", "gdn"])
+def test_plain_recipes_have_the_same_steps_and_no_needles(member):
+    plain, mixed = recipe(f"{member}-plain"), recipe(member)
+    there, here = stages_of(plain), stages_of(mixed)
+    assert [replace(stage, needles=NeedleConfig()) for stage in there] == [
+        replace(stage, needles=NeedleConfig()) for stage in here
+    ]
+    assert all(stage.needles.fraction == 0 for stage in there)
+    assert all(stage.needles.fraction > 0 for stage in here)
+    same = {"needles": mixed.needles, "curriculum": mixed.curriculum, "output": mixed.output}
+    assert plain.tokenizer == TokenizerConfig(path="runs/small/lalte/tokenizer")
+    assert replace(plain, tokenizer=mixed.tokenizer, **same) == mixed
+
+
+def phrases(text, count=4):
+    """All runs of `count` words, without what a template fills in."""
+    found = []
+    for part in re.split(r"\{\w+\}s?", text):
+        words = re.findall(r"[a-z']+", part.lower())
+        found += [tuple(words[i : i + count]) for i in range(len(words) - count + 1)]
+    return set(found)
+
+
+def kinds_of(config):
+    return [kind for stage in stages_of(config) for kind in variants(stage.needles, "needles")]
+
+
+def test_no_document_is_worded_as_the_evaluation_is():
+    told = [evaluation.NOISE, evaluation.NEEDLE, evaluation._ONE, evaluation._MANY]
+    told += [evaluation._ONE_ANSWER, evaluation._MANY_ANSWERS]
+    theirs = set().union(*(phrases(text) for text in told))
+    default = NeedleConfig()
+    assert theirs & phrases(default.needle), "the check sees the default wording, which is the evaluation's"
+    kinds = kinds_of(recipe("lalte"))
+    for kind in kinds:
+        for name in TEMPLATES:
+            text = getattr(kind, name)
+            assert not theirs & phrases(text), text
+            assert "magic" not in text
+            assert name == "answer" or text != getattr(default, name)
+        # neither adjective-noun nor UUIDs, and no number of seven figures
+        assert kind.key_type in ("name", "nouns", "code")
+        assert kind.value_type in ("number", "hex", "word")
+        assert kind.digits != 7 or kind.value_type == "word"
+    assert "magic" not in " ".join(text for kind in kinds for text in wordings(kind, 0, 20))
+    wording = {
+        (kind.needle, kind.question if kind.queries * kind.values == 1 else kind.question_many) for kind in kinds
+    }
+    assert len(wording) >= 8
+
+
+def test_every_stage_gives_rows(texts, tmp_path):
+    (tmp_path / "texts.txt").write_text("\n<end>\n".join(texts * 3))
+    config = recipe("lalte")
+    config.data.sources = [SourceConfig(path=str(tmp_path / "texts.txt"), separator="\n<end>\n")]
+    config.data.cache_dir = str(tmp_path / "cache")
+    kinds = kinds_of(config)
+    tokenizer = train_tokenizer([*texts, *(text for kind in kinds for text in wordings(kind, 0, 60))], 2000)
+    stages = stages_of(config)
+    check_data(config.data, stages)
+    rows = TrainingRows(config.data, stages, tokenizer, seed=0, progress=False)
+    assert [stage.sequence_length for stage in stages] == [256, 512, 1024, 2048]
+    for number, stage in enumerate(stages):
+        assert stage.rows * stage.sequence_length * (stage.step_rows // stage.rows) == config.batch.tokens_per_step
+        for maker in rows.makers[number]:
+            row = maker.row(1)
+            assert len(row.tokens) == stage.sequence_length
+            assert len(tokenizer.decode(row.tokens[: row.ends[0]])) > 100
