@@ -171,7 +171,7 @@ def draw(rows: list[dict[str, Any]], prefix: str, path: str) -> None:
             }
             if points:
                 axes.plot(*zip(*sorted(points.items()), strict=True), marker="o", label=system)
-        axes.set(xscale="log", yscale="log", xlabel="tokens before", ylabel=label)
+        axes.set(yscale="log", xlabel="tokens before", ylabel=label)
         axes.set_xscale("log", base=2)
         axes.grid(alpha=0.3)
         axes.legend()

@@ -77,7 +77,12 @@ def draw(content: dict[str, Any], path: str) -> None:
                 points = _points(content["rows"], system, metric, size)
                 if points:
                     axes.plot(*zip(*points, strict=True), marker="o", label=system)
-            axes.set(xscale="log", yscale="log", title=f"cache of {size}", xlabel="tokens read")
+            axes.set(title=f"cache of {size}", xlabel="tokens read")
+            axes.set_xscale("log", base=2)
+            if metric == "ms":
+                axes.set_yscale("log")
+            else:
+                axes.set_ylim(bottom=0)
             axes.set_ylabel("perplexity" if metric == "perplexity" else "ms a token")
             axes.legend()
     figure.savefig(path)
