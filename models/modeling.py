@@ -26,7 +26,7 @@ from models.gated_deltanet import GatedDeltaNet
 from models.losses import cross_entropy, per_item, shift_labels
 from models.mixer import Context
 from models.ops import RMSNorm, linear_cross_entropy
-from models.padding import LeftAligned, compose, prepend, unpad
+from models.padding import LeftAligned, check_mask, compose, prepend, unpad
 from models.retention import RetentionControls, build_penalty_control
 from models.rotary import rotary_angles
 
@@ -145,7 +145,8 @@ class HybridModel(HybridPreTrainedModel):
         if not length:
             raise ValueError(f"the input {tuple(tokens.shape)} holds no tokens; give at least one a row")
         if attention_mask is not None:
-            attention_mask = _check_mask(attention_mask, batch, length, past_key_values)
+            past = past_key_values.columns if past_key_values is not None else 0
+            attention_mask = check_mask(attention_mask, batch, length, past)
         if past_key_values is None and use_cache:
             past_key_values = HybridCache.allocate(self, batch)
         if past_key_values is not None:
@@ -261,18 +262,6 @@ class HybridModel(HybridPreTrainedModel):
         if has_nsa_rotary:
             nsa_rotary = rotary_angles(positions_BT, config.nsa_head_dim, config.rope_theta)
         return replace(context, rotary=rotary, nsa_rotary=nsa_rotary)
-
-
-def _check_mask(mask: Tensor, batch: int, length: int, cache: HybridCache | None) -> Tensor | None:
-    """The mask of the new columns [B, T]; None where nothing is padding."""
-    past = cache.columns if cache is not None else 0
-    if mask.ndim != 2 or mask.shape[0] != batch or mask.shape[1] not in (length, past + length):
-        raise ValueError(
-            f"attention_mask {tuple(mask.shape)} must be [{batch}, {length}] for the new tokens"
-            + (f" or [{batch}, {past + length}] with the cached ones" if past else "")
-        )
-    mask = mask[:, -length:]
-    return None if bool((mask != 0).all()) else mask != 0
 
 
 class HybridForCausalLM(RetentionControls, HybridPreTrainedModel, GenerationMixin):

@@ -15,6 +15,24 @@ from torch import Tensor
 from lte.layout import Layout
 
 
+def check_mask(mask: Tensor, batch: int, length: int, past: int) -> Tensor | None:
+    """The mask of the new columns [B, T]; None where nothing is padding.
+
+    Args:
+        mask: [B, T], or [B, past + T] with the columns that a cache has seen.
+
+    Raises:
+        ValueError: another shape.
+    """
+    if mask.ndim != 2 or mask.shape[0] != batch or mask.shape[1] not in (length, past + length):
+        raise ValueError(
+            f"attention_mask {tuple(mask.shape)} must be [{batch}, {length}] for the new tokens"
+            + (f" or [{batch}, {past + length}] with the cached ones" if past else "")
+        )
+    mask = mask[:, -length:]
+    return None if bool((mask != 0).all()) else mask != 0
+
+
 def unpad(x_BTC: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
     """Real tokens packed into one row [1, M, C], their cu_seqlens (a document a row), and the way back.
 
