@@ -153,15 +153,9 @@ def _read_prompt(args: argparse.Namespace) -> str:
         return ""
     else:
         raise ValueError("there is nothing to continue; give --prompt, --prompt-file or an existing --session")
-    if not data:
-        raise ValueError(f"{name} is empty; give at least one character")
-    if (nul := data.find(0)) >= 0:
-        raise ValueError(f"{name} is binary: byte {nul} is NUL; give a text in UTF-8")
-    try:
-        return data.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        byte = f"byte {error.start} is 0x{data[error.start]:02x}"
-        raise ValueError(f"{name} is not UTF-8: {byte}; convert it to UTF-8") from None
+    from models.files import decode_text
+
+    return decode_text(data, name)
 
 
 def _check_session(path: Path) -> None:

@@ -48,15 +48,9 @@ def read_text(path: str) -> str:
     if not Path(path).is_file():
         raise ValueError(f"text: {path} is no file; give a text file in UTF-8")
     data = Path(path).read_bytes()
-    if not data:
-        raise ValueError(f"text: {path} is empty; give at least one character")
-    if (nul := data.find(0)) >= 0:
-        raise ValueError(f"text: {path} is binary: byte {nul} is NUL; give a text in UTF-8")
-    try:
-        return data.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        byte = f"byte {error.start} is 0x{data[error.start]:02x}"
-        raise ValueError(f"text: {path} is not UTF-8: {byte}; convert it to UTF-8") from None
+    from models.files import decode_text
+
+    return decode_text(data, f"text: {path}")
 
 
 def _check(args: argparse.Namespace) -> None:

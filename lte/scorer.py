@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lte.attention import KERNEL_DTYPES
 from lte.layout import Layout
 
 
@@ -249,7 +250,7 @@ class RetentionScorer(nn.Module):
 
 def _runs_kernels(x: Tensor) -> bool:
     """Whether the Triton kernels take this: they sum in float32, so float64 is left to PyTorch."""
-    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16, torch.float32) and x.numel() > 0
+    return x.is_cuda and x.dtype in KERNEL_DTYPES and x.numel() > 0
 
 
 def _same_document(document_BT: Tensor, shift: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Writing files whole or not at all."""
+"""Writing files whole or not at all, and reading text."""
 
 from __future__ import annotations
 
@@ -31,3 +31,23 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def decode_text(data: bytes, name: str) -> str:
+    """A file's bytes as text, without a byte order mark.
+
+    Args:
+        name: what the bytes are, for the errors.
+
+    Raises:
+        ValueError: they are empty, binary or not UTF-8.
+    """
+    if not data:
+        raise ValueError(f"{name} is empty; give at least one character")
+    if (nul := data.find(0)) >= 0:
+        raise ValueError(f"{name} is binary: byte {nul} is NUL; give a text in UTF-8")
+    try:
+        return data.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        byte = f"byte {error.start} is 0x{data[error.start]:02x}"
+        raise ValueError(f"{name} is not UTF-8: {byte}; convert it to UTF-8") from None

@@ -105,8 +105,10 @@ def _strides(x: Tensor, is_first: bool) -> tuple[int, int, int]:
 
 
 def _kept_dtype(is_first: bool, dtype: torch.dtype) -> torch.dtype:
-    """Of what a layer gives before its SiLU: float32, for SiLU's result is rounded again. The first layer's, by far
-    the largest, stays in the dtype of the products: logits and gradients are within 5e-3 in bfloat16 even so."""
+    """Of what a layer gives before its SiLU: float32, for SiLU's result is rounded again.
+
+    The first layer's, by far the largest, stays in the dtype of the products (docs/kernels.md, the scorer).
+    """
     return dtype if is_first else torch.float32
 
 
