@@ -64,7 +64,7 @@ class HybridConfig(PreTrainedConfig):
         tie_word_embeddings: whether the output layer is the embedding.
         max_position_embeddings: length trained on; the target density is budget / (this - window). Nothing in the
             model limits the length of a text.
-        prefill_chunk: tokens of a prompt that each row takes at once when there is a cache; null: 8192 shared by the
+        prefill_chunk: tokens of a prompt that each row takes at once when there is a cache; null: 16384 shared by the
             rows (at least 1024 each) on CUDA, 2048 elsewhere.
         attention_backend: `auto`, `reference`, `flex` or `triton` (lte/attention.py).
 

@@ -284,10 +284,13 @@ def causal_conv1d(
 @torch.no_grad()
 def update_conv_state(state_BCL: Tensor, x_BTC: Tensor, lengths_B: Tensor | None) -> None:
     """Keep, in place, each row's last L inputs out of the state followed by its real tokens."""
-    kept = state_BCL.shape[2]
+    kept, length = state_BCL.shape[2], x_BTC.shape[1]
+    if lengths_B is None and length >= kept:
+        state_BCL.copy_(x_BTC[:, length - kept :].mT)
+        return
     history_BSC = torch.cat([state_BCL.mT.to(x_BTC.dtype), x_BTC], dim=1)
     if lengths_B is None:
-        last_BLC = history_BSC[:, -kept:]
+        last_BLC = history_BSC[:, length:]
     else:
         index_BL = lengths_B.to(x_BTC.device)[:, None] + torch.arange(kept, device=x_BTC.device)
         last_BLC = history_BSC.gather(1, index_BL[..., None].expand(-1, -1, x_BTC.shape[2]))

@@ -217,7 +217,7 @@ class HybridModel(HybridPreTrainedModel):
         if self.config.prefill_chunk is not None:
             return self.config.prefill_chunk
         # many tokens a launch on CUDA; elsewhere the chunk's masks are tensors
-        return max(1024, 8192 // batch) if self.device.type == "cuda" else 2048
+        return max(1024, 16384 // batch) if self.device.type == "cuda" else 2048
 
     def _run(
         self,
