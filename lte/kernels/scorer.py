@@ -215,7 +215,9 @@ class _Score(torch.autograd.Function):
         with on_device(grad_BTH):
             for index in reversed(range(len(layers))):
                 layer, x, weight = layers[index], kept[index], weights[index]
-                places = [sum(sizes[:i]) for i in (index, len(layers) + index, -2, -1)]
+                bias = len(layers) + index
+                # the weight, the biases of the layer before and of this one, the last map's weight and bias
+                places = [sum(sizes[:i]) for i in (index, bias - 1, bias, -2, -1)]
                 last = (grad_BTH, out_weight_SO) if layer.is_last else (None, None)
                 dz = _backward(layer, x, dz, weight, document_BT, seed, last, partial_PN, places)
         return dz, None, None, *_gradients(partial_PN, ctx.parameters, sizes)
@@ -257,7 +259,7 @@ def _backward(
     Args:
         dz_BHTO: the gradient of what the layer gives before its SiLU; of the last layer that itself.
         last: gradient of the logits [B, T, H], and the last map's weight, for the last layer.
-        places: of the layer's weight and bias, and of the last map's.
+        places: where in a row of partial the sums of those parameters start that backward_kernel names.
     """
     batch, heads, tokens, _ = dz_BHTO.shape
     is_shared = len(w_SKCO) == 1

@@ -104,7 +104,8 @@ def convolve_kernel(
 @triton.jit(do_not_specialize=["batch", "tokens", "limit"])
 def backward_kernel(
     dz_ptr, w_ptr, x_ptr, dx_ptr, partial_ptr, document_ptr, seed_ptr, grad_ptr, out_w_ptr,
-    x_b, x_h, x_t, batch, tokens, total, weight_at, bias_at, out_weight_at, out_bias_at, limit, scale,
+    x_b, x_h, x_t, batch, tokens, total, weight_at, input_bias_at, bias_at, out_weight_at, out_bias_at,
+    limit, scale,
     IN: tl.constexpr, OUT: tl.constexpr, PAD_OUT: tl.constexpr, TAPS: tl.constexpr, DILATION: tl.constexpr,
     REACH: tl.constexpr, ACTIVATED: tl.constexpr, DROPS: tl.constexpr, SALT: tl.constexpr,
     HAS_DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -113,7 +114,7 @@ def backward_kernel(
     """A share of the tokens: the gradient of their inputs, and sums for the gradients of the parameters.
 
     Both need the same tiles of dz, one a tap. The last layer's dz is made here of its z, which dz_ptr then holds,
-    and of the logits' gradient. dx lies at x's strides. The sums of a share are a row of `total` numbers in partial,
+    and of the logits' gradient. dx lies at x's strides; its sum is the gradient of the bias in the layer before. The sums of a share are a row of `total` numbers in partial,
     every parameter [S, ...] at its place; of heads that share their parameters each has its own row.
     """
     part = tl.program_id(0)
@@ -136,7 +137,8 @@ def backward_kernel(
     for tap in tl.static_range(TAPS):
         w = tl.load(w_ptr + (tap * IN + c)[:, None] * OUT + o[None, :], mask=real, other=0.0)
         weights = weights + (tl.trans(w),)  # noqa: RUF005
-        sums = sums + (tl.zeros([BLOCK, PAD_OUT], tl.float32),)  # noqa: RUF005
+        sums = sums + (tl.zeros([PAD_OUT, BLOCK], tl.float32),)  # noqa: RUF005
+    dx_sum = tl.zeros([BLOCK], tl.float32)
     bias_sum = tl.zeros([PAD_OUT], tl.float32)
     out_weight_sum = tl.zeros([PAD_OUT], tl.float32)
     out_bias_sum = tl.zeros([ROWS], tl.float32)
@@ -148,11 +150,12 @@ def backward_kernel(
         b = step // blocks
         n = b * heads + h
         t = (step % blocks) * ROWS + tl.arange(0, ROWS)
-        x_at = b.to(tl.int64) * x_b + h.to(tl.int64) * x_h + t.to(tl.int64)[:, None] * x_t + c[None, :]
+        start = b.to(tl.int64) * x_b + h.to(tl.int64) * x_h + ((step % blocks) * ROWS).to(tl.int64) * x_t
+        x_at = start + tl.arange(0, ROWS)[:, None] * x_t + c[None, :]
         keep = (t < tokens)[:, None] & (c < IN)[None, :]
         x = tl.load(x_ptr + x_at, mask=keep, other=0.0)
         x, slope = _activated(x, n * tokens + t, c, seed_ptr, limit, scale, IN, ACTIVATED, DROPS, SALT)
-        x_CT = tl.trans(x.to(dtype))
+        x = x.to(dtype)
         first = b.to(tl.int64) * tokens
         dz_at = dz_ptr + n.to(tl.int64) * tokens * OUT
         dx = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -170,20 +173,23 @@ def backward_kernel(
                 if tap * DILATION == REACH:
                     out_weight_sum += tl.sum(grad[:, None] * z, 0)
                     out_bias_sum += grad
+                    bias_sum += tl.sum(dz.to(dtype).to(tl.float32), 0)
             dz = dz.to(dtype)
-            if tap * DILATION == REACH:
-                bias_sum += tl.sum(dz.to(tl.float32), 0)
-            dx = tl.dot(dz, weights[tap], dx, input_precision=PRECISION)
-            new = new + (tl.dot(x_CT, dz, sums[tap], input_precision=PRECISION),)  # noqa: RUF005
+            # the slope once a tap, not once at the end: a chain of products would get all warps along the tokens
+            dx += tl.dot(dz, weights[tap], input_precision=PRECISION) * slope
+            new = new + (tl.dot(tl.trans(dz), x, sums[tap], input_precision=PRECISION),)  # noqa: RUF005
         sums = new
-        if ACTIVATED or DROPS:
-            dx = dx * slope
-        tl.store(dx_ptr + x_at, dx.to(dx_ptr.dtype.element_ty), mask=keep)
+        dx = dx.to(dtype)
+        tl.store(dx_ptr + x_at, dx, mask=keep)
+        if ACTIVATED:
+            dx_sum += tl.sum(tl.where(keep, dx.to(tl.float32), 0.0), 0)
     for tap in tl.static_range(TAPS):
         w_at = weight_at + (stack * TAPS + tap) * (IN * OUT)
-        tl.store(partial_ptr + w_at + c[:, None] * OUT + o[None, :], sums[tap], mask=real)
-    if tl.program_id(2) == 0:
-        tl.store(partial_ptr + bias_at + stack * OUT + o, bias_sum, mask=o < OUT)
-        if IS_LAST:
+        tl.store(partial_ptr + w_at + c[:, None] * OUT + o[None, :], tl.trans(sums[tap]), mask=real)
+    if ACTIVATED:
+        tl.store(partial_ptr + input_bias_at + stack * IN + c, dx_sum, mask=c < IN)
+    if IS_LAST:  # noqa: SIM102
+        if tl.program_id(2) == 0:
+            tl.store(partial_ptr + bias_at + stack * OUT + o, bias_sum, mask=o < OUT)
             tl.store(partial_ptr + out_weight_at + stack * OUT + o, out_weight_sum, mask=o < OUT)
             tl.store(partial_ptr + out_bias_at + stack, tl.sum(out_bias_sum, 0))
