@@ -28,6 +28,7 @@ CHANNELS, SINGLE_CHANNELS = 128, 32  # input channels of a product
 BACKWARD_TILES = ((64, 2), (32, 2), (32, 1), (16, 1))  # tokens of a tile and pipeline stages, the best first
 BACKWARD_CHANNELS, SINGLE_BACKWARD_CHANNELS = 64, 32
 ACCUMULATORS, SINGLE_ACCUMULATORS = 24576, 8192  # of a backward program, for the weight's gradient
+HELD = 24576  # numbers in registers with which two backward programs share a multiprocessor
 PROGRAMS = 264  # of a backward pass: two a multiprocessor of a large device
 LARGE_SHARED_BYTES = 200 * 1024  # of Hopper's kind
 SHARED_BYTES = {True: 160 * 1024, False: 80 * 1024}  # that tiles may take, on such devices and on others
@@ -135,11 +136,20 @@ def _backward_plan(
     # what comes from the layers after the first may lie in float32
     row = block * 4 + columns * (4 if layer.is_last else dtype.itemsize)
     weights = columns * block * dtype.itemsize
-    rows, stages = next(
-        ((r, s) for r, s in BACKWARD_TILES if r * s * row + weights <= _shared_bytes(device)), BACKWARD_TILES[-1]
-    )
+    tiles = BACKWARD_TILES[1:] if single else BACKWARD_TILES
+    rows, stages = next(((r, s) for r, s in tiles if r * s * row + weights <= _shared_bytes(device)), tiles[-1])
+    # two programs share a multiprocessor if a thread has 128 registers
+    held = columns * block + (4 if layer.activated else 2) * rows * block
+    held += 4 * rows * _padded(layer.outputs) if layer.is_last else 0
+    aligned = layer.outputs == _padded(layer.outputs)
+    limited = not single and aligned and held <= HELD and device.type == "cuda"
     return dict(
-        **layer.constants(dtype, has_documents, is_shared), ROWS=rows, BLOCK=block, num_warps=8, num_stages=stages
+        **layer.constants(dtype, has_documents, is_shared),
+        ROWS=rows,
+        BLOCK=block,
+        num_warps=8,
+        num_stages=stages,
+        **({"maxnreg": 128} if limited else {}),
     )
 
 
@@ -209,7 +219,7 @@ class _Score(torch.autograd.Function):
         layers = ctx.layers
         kept, weights = rest[: len(layers) + 1], rest[len(layers) + 1 :]
         sizes = [math.prod(shape) for shape, _ in ctx.parameters]
-        partial_PN = _partial_sums(kept[0], len(out_weight_SO), sum(sizes))
+        partial_PN = _partial_sums(layers[0], kept[0], document_BT is not None, len(out_weight_SO), sum(sizes))
         # dz of the last layer is made of its z
         dz, grad_BTH = kept[-1], grad_BTH.contiguous()
         with on_device(grad_BTH):
@@ -223,10 +233,13 @@ class _Score(torch.autograd.Function):
         return dz, None, None, *_gradients(partial_PN, ctx.parameters, sizes)
 
 
-def _partial_sums(x_BTHC: Tensor, stacks: int, size: int) -> Tensor:
+def _partial_sums(first: Layer, x_BTHC: Tensor, has_documents: bool, stacks: int, size: int) -> Tensor:
     """Memory for the parameters' gradients: a row for each share of the tokens, and of each head that shares."""
     batch, tokens, heads, _ = x_BTHC.shape
-    parts = max(1, min(PROGRAMS // heads, batch * triton.cdiv(tokens, BACKWARD_TILES[0][0])))
+    plan = _backward_plan(first, x_BTHC.dtype, x_BTHC.device, has_documents, stacks == 1)
+    # wide layers are shared by their channels too: at most two rounds of programs, or the sums outgrow the inputs
+    most = min(PROGRAMS, 2 * PROGRAMS // triton.cdiv(first.channels, plan["BLOCK"])) // heads
+    parts = max(1, min(most, batch * triton.cdiv(tokens, plan["ROWS"])))
     rows = parts * (heads if stacks == 1 else 1)
     return torch.empty(rows, size, dtype=torch.float32, device=x_BTHC.device)
 

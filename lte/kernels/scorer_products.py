@@ -138,7 +138,7 @@ def backward_kernel(
         w = tl.load(w_ptr + (tap * IN + c)[:, None] * OUT + o[None, :], mask=real, other=0.0)
         weights = weights + (tl.trans(w),)  # noqa: RUF005
         sums = sums + (tl.zeros([PAD_OUT, BLOCK], tl.float32),)  # noqa: RUF005
-    dx_sum = tl.zeros([BLOCK], tl.float32)
+    dx_sum = tl.zeros([ROWS, BLOCK], tl.float32)
     bias_sum = tl.zeros([PAD_OUT], tl.float32)
     out_weight_sum = tl.zeros([PAD_OUT], tl.float32)
     out_bias_sum = tl.zeros([ROWS], tl.float32)
@@ -182,12 +182,12 @@ def backward_kernel(
         dx = dx.to(dtype)
         tl.store(dx_ptr + x_at, dx, mask=keep)
         if ACTIVATED:
-            dx_sum += tl.sum(tl.where(keep, dx.to(tl.float32), 0.0), 0)
+            dx_sum += tl.where(keep, dx.to(tl.float32), 0.0)
     for tap in tl.static_range(TAPS):
         w_at = weight_at + (stack * TAPS + tap) * (IN * OUT)
         tl.store(partial_ptr + w_at + c[:, None] * OUT + o[None, :], tl.trans(sums[tap]), mask=real)
     if ACTIVATED:
-        tl.store(partial_ptr + input_bias_at + stack * IN + c, dx_sum, mask=c < IN)
+        tl.store(partial_ptr + input_bias_at + stack * IN + c, tl.sum(dx_sum, 0), mask=c < IN)
     if IS_LAST:  # noqa: SIM102
         if tl.program_id(2) == 0:
             tl.store(partial_ptr + bias_at + stack * OUT + o, bias_sum, mask=o < OUT)
