@@ -114,8 +114,9 @@ def backward_kernel(
     """A share of the tokens: the gradient of their inputs, and sums for the gradients of the parameters.
 
     Both need the same tiles of dz, one a tap. The last layer's dz is made here of its z, which dz_ptr then holds,
-    and of the logits' gradient. dx lies at x's strides; its sum is the gradient of the bias in the layer before. The sums of a share are a row of `total` numbers in partial,
-    every parameter [S, ...] at its place; of heads that share their parameters each has its own row.
+    and of the logits' gradient. dx lies at x's strides; its sum is the gradient of the bias in the layer before.
+    The sums of a share are a row of `total` numbers in partial, every parameter [S, ...] at its place; of heads
+    that share their parameters each has its own row.
     """
     part = tl.program_id(0)
     parts = tl.num_programs(0)
