@@ -14,6 +14,7 @@ if not ON_GPU:
 
 pytest.importorskip("triton")
 
+from lte.kernels import scorer as host  # noqa: E402
 from lte.kernels.scorer import convolve, score  # noqa: E402
 from lte.layout import Layout  # noqa: E402
 from lte.scorer import RetentionScorer  # noqa: E402
@@ -99,6 +100,18 @@ def test_forward_and_gradients(name):
 
 
 @interpreted
+@pytest.mark.parametrize("name", ["default", "packed, one stack"])
+def test_programs_that_take_several_tiles(name, monkeypatch):
+    monkeypatch.setattr(host, "PROGRAMS", 3)
+    monkeypatch.setattr(host, "BACKWARD_TILES", ((16, 1), (16, 1)))
+    host._backward_plan.cache_clear()
+    try:
+        compare(SMALL[name], torch.float32, 1e-5)
+    finally:
+        host._backward_plan.cache_clear()
+
+
+@interpreted
 def test_forward_and_gradients_in_16_bits():
     compare(SMALL["default"], torch.float16, 5e-3)  # the interpreter has no bfloat16 products
 
@@ -128,14 +141,14 @@ def test_the_module_uses_the_kernels_and_streams_what_they_give():
 
 def keeps(shape, seed, salt, rate):
     """The kernels' hash in Python: which elements of [B, H, T, C] stay."""
-    number = torch.arange(torch.Size(shape).numel(), dtype=torch.int64)
+    number = torch.arange(torch.Size(shape).numel() // 2, dtype=torch.int64)  # two neighbours share a hash
     x = (number ^ (seed + salt * 40503)) & 0xFFFFFFFF
     x = x ^ (x >> 16)
     x = (x * 0x21F0AAAD) & 0xFFFFFFFF
     x = x ^ (x >> 15)
     x = (x * 0x735A2D97) & 0xFFFFFFFF
     x = x ^ (x >> 15)
-    return ((x >> 1) >= round(rate * 2**31)).view(shape)
+    return (torch.stack([x & 0xFFFF, x >> 16], 1) >= round(rate * 2**16)).view(shape)
 
 
 @interpreted
@@ -170,6 +183,9 @@ def test_dropout_drops_the_share_it_should_and_differs_by_seed_and_layer():
             assert (mask.mean(2) - (1 - rate)).abs().max() < 0.06  # of every channel
         for a, b in ((0, 1), (0, 2), (1, 2)):
             assert abs((kept[a] * kept[b]).mean() - (1 - rate) ** 2) < 0.005
+        # the two channels of a hash, and the next one
+        for a, b in ((0, 1), (1, 2)):
+            assert abs((kept[0][..., a:62:2] * kept[0][..., b : 62 + b : 2]).mean() - (1 - rate) ** 2) < 0.005
 
 
 @interpreted
