@@ -33,21 +33,32 @@ class RetentionStats:
 def retention_stats(logits_BTH: Tensor, *, window: int, sinks: int, layout: Layout | None = None) -> RetentionStats:
     """Penalty and density of retention logits [B, T, H] under a window and sinks."""
     layout = layout or Layout()
-    batch, length, _ = logits_BTH.shape
-    device = logits_BTH.device
-    position_BT = layout.positions(batch, length, device)
-    real_BT = position_BT >= 0
-    left_BT = layout.document_ends(batch, length, device) - torch.arange(length, device=device)
-    eligible_BT = real_BT & (position_BT >= sinks) & (left_BT > window)
-    excess_BTH = torch.relu(torch.sigmoid(logits_BTH) - 0.5) * real_BT[..., None]
-    tokens = real_BT.sum()
-    kept_H = ((logits_BTH.detach() > 0) & eligible_BT[..., None]).sum((0, 1))
-    return RetentionStats(
-        penalty=excess_BTH.sum((0, 1)) / tokens.clamp(min=1),
-        kept=kept_H.to(torch.float32),
-        eligible=eligible_BT.sum().to(torch.float32).expand_as(kept_H),
-        tokens=tokens,
+    batch, length, heads = logits_BTH.shape
+    key = ("eligible", batch, length, heads, window, sinks, logits_BTH.device)
+    padding_BT1, eligible_BT1, eligible_H, tokens = layout.once(
+        key, lambda: _eligible(batch, length, heads, window, sinks, layout, logits_BTH.device)
     )
+    excess_BTH = torch.relu(logits_BTH.sigmoid() - 0.5)
+    if padding_BT1 is None:
+        penalty_H = excess_BTH.mean((0, 1))
+    else:
+        # the mean over none is 0
+        penalty_H = excess_BTH.masked_fill(padding_BT1, 0.0).sum((0, 1)) / tokens.clamp(min=1)
+    kept_H = ((logits_BTH > 0) & eligible_BT1).sum((0, 1), dtype=torch.float32)
+    return RetentionStats(penalty=penalty_H, kept=kept_H, eligible=eligible_H, tokens=tokens)
+
+
+def _eligible(
+    batch: int, length: int, heads: int, window: int, sinks: int, layout: Layout, device: torch.device
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    """Which tokens are padding (None where none can be) and which can be retained, [B, T, 1] each; how many can be
+    retained [H], and how many are real."""
+    position_BT = layout.positions(batch, length, device)
+    left_BT = layout.document_ends(batch, length, device) - torch.arange(length, device=device)
+    real_BT = position_BT >= 0
+    eligible_BT = real_BT & (position_BT >= sinks) & (left_BT > window)
+    padding_BT1 = None if layout.lengths is None else ~real_BT[..., None]
+    return padding_BT1, eligible_BT[..., None], eligible_BT.sum().to(torch.float32).expand(heads), real_BT.sum()
 
 
 class PenaltyControl(nn.Module):
