@@ -97,6 +97,8 @@ class PenaltyControl(nn.Module):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         # counts since the last optimizer step: kept and eligible
         self.register_buffer("counts", torch.zeros(2, layers, heads, dtype=f32), persistent=False)
+        self._known: tuple[Tensor, int, int] | None = None
+        self._know(0)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -104,6 +106,31 @@ class PenaltyControl(nn.Module):
         self.density.fill_(-1.0)
         self.steps.zero_()
         self.counts.zero_()
+        self._know(0)
+
+    def __getstate__(self) -> dict:
+        # a copy's tensors count their versions anew
+        return {**self.__dict__, "_known": None}
+
+    @torch.compiler.disable
+    def steps_done(self) -> int:
+        """Optimizer steps so far.
+
+        The device is waited for only where the buffer was written by something else than `update`: a loaded
+        checkpoint, a move to another device.
+        """
+        if self.steps.is_inference():  # has no version
+            return int(self.steps)
+        if not self._is_known():
+            self._know(int(self.steps))
+        return self._known[2]
+
+    def _know(self, count: int) -> None:
+        """The buffer holds `count` for as long as it is this tensor in this version."""
+        self._known = None if self.steps.is_inference() else (self.steps, self.steps._version, count)
+
+    def _is_known(self) -> bool:
+        return self._known is not None and self._known[0] is self.steps and self._known[1] == self.steps._version
 
     def penalty(self, stats: list[RetentionStats]) -> Tensor:
         """Σ λ(l, h) · mean relu(r - 0.5), a scalar; `stats` holds one entry a layer."""
@@ -125,7 +152,10 @@ class PenaltyControl(nn.Module):
         mean_LH = torch.where(self.density < 0, now_LH, torch.lerp(self.density, now_LH, self.smoothing))
         self.density.copy_(torch.where(eligible_LH > 0, mean_LH, self.density))
         self.counts.zero_()
+        count = self._known[2] if self._is_known() else None
         self.steps += 1
+        if count is not None:
+            self._know(count + 1)
         weight_LH = self.penalty_weight
         raised = torch.where(weight_LH > 0, 1.5 * weight_LH, self.minimum).clamp(max=self.maximum)
         lowered = torch.where(weight_LH / 2 < self.minimum, 0.0, weight_LH / 2)

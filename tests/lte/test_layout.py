@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lte.layout import Layout
 from lte.sparsity import retention_stats
 from lte.visibility import lifetimes, visible
+from tests.op_modes import CountOps
 
 LAYOUTS = {
     "rows": (3, Layout),
@@ -19,18 +19,6 @@ LAYOUTS = {
 LENGTH, HEADS, RULE = 45, 2, dict(window=7, sinks=2)
 # what only makes or moves around numbers that depend on the layout
 OF_THE_LAYOUT = {"arange", "searchsorted", "index", "full", "expand", "minimum"}
-
-
-class CountOps(TorchDispatchMode):
-    """Counts operations by name."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def layer(layout: Layout, logits: torch.Tensor) -> Counter:

@@ -12,6 +12,7 @@ from lte.layout import Layout
 from models import HybridForCausalLM
 from models.attention import RetainedAttention
 from models.ops import IGNORE
+from tests.op_modes import NoReading
 from tests.tiny_models import (
     VARIANTS,
     assert_close,
@@ -352,6 +353,34 @@ def test_keep_all_steps():
             assert scorer.grad.abs().max() > 0
         model.update_retention_penalty()
     assert_close(model.eval()(ids).logits, run_in_pieces(model, ids, [60]))
+
+
+def test_training_reads_no_tensor():
+    """Two steps that keep everything and two that don't, then again from a checkpoint."""
+    model = trainable(keep_all_steps=2, penalty_interval=1)
+    ids = make_ids(2, 60)
+    with NoReading():
+        for step in range(4):
+            output = model(ids, labels=ids)
+            assert (output.aux_loss is None) == (step < 2)
+            output.loss.backward()
+            model.update_retention_penalty()
+    again = trainable(keep_all_steps=6)
+    again.load_state_dict(model.state_dict())
+    assert again(ids).aux_loss is None  # may read, once
+    with NoReading():
+        for step in range(4, 8):
+            assert (again(ids).aux_loss is None) == (step < 6)
+            again.update_retention_penalty()
+
+
+def test_keep_all_steps_in_a_compiled_model():
+    model = trainable(keep_all_steps=2)
+    compiled = torch.compile(model, backend="eager")
+    ids = make_ids(1, 30)
+    for step in range(4):
+        assert (compiled(ids).aux_loss is None) == (step < 2)
+        model.update_retention_penalty()
 
 
 @torch.no_grad()
