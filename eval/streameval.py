@@ -19,10 +19,9 @@ from .answering import accuracy_row
 from .conditions import evaluating, retained
 from .haystacks import key_words
 from .loading import model_identity, system_name, tokenizer_identity
-from .reports import case_table, print_cases
-from .results import SampleLog, claim_folder, result, row, say, wilson, write_bytes, write_json
+from .results import SampleLog, claim_folder, row, wilson
 from .streaming import cache_text, new_cache
-from .streams import Piece, Stream, check_tokenizer, read_streams, run_streams
+from .streams import Piece, Stream, check_tokenizer, read_streams, run_streams, write_run
 
 DEFINITION = "StreamEval over lines as in LongEval, one distance a stream, right answers in the stream, version 2"
 NAMES = ("numbers", "words")
@@ -171,26 +170,16 @@ def run_streameval(
             rows += _rows(records, distance, system)
             failed = sum(record["score"] is None for record in records)
             cells.append({"case": f"streameval D{distance}", "samples": len(records), "errors": failed})
-    content = result(
+    return write_run(
+        out,
         "streameval",
+        {**settings, "batch_size": batch_size, "chunk": chunk},
         rows,
-        config={**settings, "batch_size": batch_size, "chunk": chunk},
+        cells,
         device=next(model.parameters()).device,
-        definition=DEFINITION,
-        tokenizer=settings["tokenizer"],
-        seed=seed,
-        cells=cells,
+        title="StreamEval: accuracy at a distance in lines [95 % interval]" if progress else None,
+        warn=progress,
     )
-    write_json(out / "result.json", content, overwrite=True)
-    write_bytes(out / "table.md", case_table(rows).encode(), overwrite=True)
-    if progress:
-        print_cases(rows, "StreamEval: accuracy at a distance in lines [95 % interval]")
-        for cell in cells:
-            if cell["errors"]:
-                say(
-                    f"warning: {cell['case']}: {cell['errors']} of {cell['samples']} questions failed and don't count"
-                )
-    return content
 
 
 def _rows(records: list[dict[str, Any]], distance: int, system: str) -> list[dict[str, Any]]:

@@ -21,10 +21,9 @@ from .answering import accuracy_row
 from .choices import ANSWERS, Question, conversation
 from .conditions import evaluating, retained
 from .loading import model_identity, tokenizer_identity
-from .reports import case_table
-from .results import SampleLog, claim_folder, result, row, say, write_bytes, write_json
+from .results import SampleLog, claim_folder, row
 from .streaming import cache_text, new_cache
-from .streams import Piece, Stream, check_tokenizer, read_streams, run_streams
+from .streams import Piece, Stream, check_tokenizer, read_streams, run_streams, write_run
 
 DEFINITION = "multiple-choice questions in a stream, right answers in the stream, exact match, version 1"
 SYSTEMS = ("own", "dense", "window", "streaming", "one-shot")
@@ -184,24 +183,15 @@ def run_streamqa(
             rows += _rows(records, task, system)
             failed = sum(record["score"] is None for record in records)
             cells.append({"case": f"streamqa {task}", "system": system, "samples": len(records), "errors": failed})
-    content = result(
+    return write_run(
+        out,
         "streamqa",
+        {**settings, "batch_size": batch_size, "chunk": chunk},
         rows,
-        config={**settings, "batch_size": batch_size, "chunk": chunk},
+        cells,
         device=next(model.parameters()).device,
-        definition=DEFINITION,
-        tokenizer=settings["tokenizer"],
-        seed=seed,
-        cells=cells,
+        warn=progress,
     )
-    write_json(out / "result.json", content, overwrite=True)
-    named = [{**entry, "case": f"{entry['case']} {entry['system']}"} for entry in rows]
-    write_bytes(out / "table.md", case_table(named).encode(), overwrite=True)
-    if progress:
-        for cell in cells:
-            if cell["errors"]:
-                say(f"warning: {cell['system']}: {cell['errors']} of {cell['samples']} questions failed")
-    return content
 
 
 def _rows(records: list[dict[str, Any]], task: str, system: str) -> list[dict[str, Any]]:

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from .answering import error_text
-from .results import SampleLog
+from .reports import case_table, print_cases
+from .results import SampleLog, result, say, write_bytes, write_json
 from .streaming import cache_bytes, read_chunk
 
 
@@ -180,3 +182,41 @@ def run_streams(
         for record in records:
             log.append(record)
     return answered
+
+
+def write_run(
+    folder: Path,
+    name: str,
+    config: dict[str, Any],
+    rows: list[dict[str, Any]],
+    cells: list[dict[str, Any]],
+    *,
+    device: torch.device,
+    title: str | None = None,
+    warn: bool = False,
+) -> dict[str, Any]:
+    """Writes result.json and table.md of a finished run; they may replace those of the same run.
+
+    Args:
+        config: how it was run; `definition`, `tokenizer` and `seed` are repeated beside the rows.
+        cells: what was asked: `case`, `samples`, `errors`, and `system` where a run has several.
+        title: of a table for the terminal; None: none is printed.
+        warn: whether to tell the terminal which questions failed.
+
+    Returns:
+        The content of result.json.
+    """
+    repeated = {key: config[key] for key in ("definition", "tokenizer", "seed")}
+    content = result(name, rows, config=config, device=device, **repeated, cells=cells)
+    write_json(folder / "result.json", content, overwrite=True)
+    named = rows
+    if any("system" in cell for cell in cells):
+        named = [{**entry, "case": f"{entry['case']} {entry['system']}"} for entry in rows]
+    write_bytes(folder / "table.md", case_table(named).encode(), overwrite=True)
+    if title:
+        print_cases(rows, title)
+    for cell in cells if warn else ():
+        if cell["errors"]:
+            what = f"{cell['case']} {cell.get('system', '')}".strip()
+            say(f"warning: {what}: {cell['errors']} of {cell['samples']} questions failed and don't count")
+    return content

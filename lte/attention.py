@@ -18,6 +18,7 @@ from lte.layout import Layout, check_cu_seqlens
 from lte.visibility import lifetimes
 
 BACKENDS = ("auto", "reference", "flex", "triton")
+STRAIGHT_THROUGH = ("all", "beyond_window")
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -34,6 +35,7 @@ def retained_attention(
     scale: float | None = None,
     off_by_one: bool = False,
     backend: str = "auto",
+    gradient_from: str = "all",
 ) -> Tensor:
     """Causal attention under the visibility rule (arXiv 2510.20787; sinks: arXiv 2309.17453).
 
@@ -53,6 +55,8 @@ def retained_attention(
         off_by_one: add 1 to the softmax's denominator, as if every query also saw a key of score 0 and value 0 (the
             "zero sink", arXiv 2309.17453 equation 2).
         backend: `reference` (PyTorch), `flex` (FlexAttention), `triton`, or `auto`: triton on CUDA, else reference.
+        gradient_from: the queries from which a logit gets its gradient: `all` that read its key (as in the paper), or
+            `beyond_window`: those that read it because it is retained. Not with `flex`.
 
     Returns:
         [B, T, N, D] in q's dtype.
@@ -61,6 +65,9 @@ def retained_attention(
         ValueError: shapes, head counts, boundaries, rule or backend that don't fit.
     """
     batch, length, heads = _check_shapes(q, k, v, logits)
+    if gradient_from not in STRAIGHT_THROUGH:
+        raise ValueError(f"gradient_from={gradient_from!r} is unknown; use one of {', '.join(STRAIGHT_THROUGH)}")
+    layout = Layout(cu_seqlens=cu_seqlens)
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, batch, length)
     end_BTH = lifetimes(
@@ -71,13 +78,22 @@ def retained_attention(
         window=window,
         sinks=sinks,
         budget=budget,
-        layout=Layout(cu_seqlens=cu_seqlens),
+        layout=layout,
         device=q.device,
     )
     if logits is not None:
-        v = straight_through(v, logits)
+        v, logits = through_values(v, logits, sinks=sinks, layout=layout, gradient_from=gradient_from)
     return interval_attention(
-        q, k, v, end_BTH, window=window, scale=scale, off_by_one=off_by_one, backend=backend, cu_seqlens=cu_seqlens
+        q,
+        k,
+        v,
+        end_BTH,
+        window=window,
+        scale=scale,
+        off_by_one=off_by_one,
+        backend=backend,
+        cu_seqlens=cu_seqlens,
+        logits=logits,
     )
 
 
@@ -92,6 +108,7 @@ def interval_attention(
     off_by_one: bool = False,
     backend: str = "auto",
     cu_seqlens: Tensor | None = None,
+    logits: Tensor | None = None,
 ) -> Tensor:
     """Attention in which key j serves the queries j, j + 1, …, end[j] - 1.
 
@@ -103,9 +120,14 @@ def interval_attention(
         scale: factor of the scores; D ** -0.5 by default.
         off_by_one, backend: as in `retained_attention`.
         cu_seqlens: schedule hint: no key is visible across these boundaries (as `end` says already).
+        logits: [B, K, H], with K = Q: they get a straight-through gradient from the queries i >= j + window alone,
+            so that the window is no mere hint then.
 
     Returns:
         [B, Q, N, D]; zero where no key is visible.
+
+    Raises:
+        ValueError: an unknown backend, or logits where it has no such gradient.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; use one of {', '.join(BACKENDS)}")
@@ -123,15 +145,23 @@ def interval_attention(
         from lte.kernels.attention import interval_attention as triton_attention
 
         window = keys if window is None else min(window, keys)
-        return triton_attention(q, k, v, end, window=window, scale=scale, off_by_one=off_by_one)
+        return triton_attention(q, k, v, end, window=window, scale=scale, off_by_one=off_by_one, logits=logits)
     if backend == "flex":
+        if logits is not None:
+            raise ValueError("backend='flex' has no gradient from beyond the window alone; use triton or reference")
         return _flex(q, k, v, end, scale, off_by_one)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, end: Tensor, logits: Tensor | None) -> Tensor:
+        out = _reference(q, k, v, end, scale, off_by_one)
+        if logits is None or window is None:
+            return out
+        return _BeyondWindow.apply(out, logits, q, k, v, end, window, scale, off_by_one)
+
     if cu_seqlens is None:
-        return _reference(q, k, v, end, scale, off_by_one)
-    bounds = cu_seqlens.tolist()
+        return attend(q, k, v, end, logits)
     pieces = [
-        _reference(q[:, a:b], k[:, a:b], v[:, a:b], end[:, a:b] - a, scale, off_by_one)
-        for a, b in pairwise(bounds)
+        attend(q[:, a:b], k[:, a:b], v[:, a:b], end[:, a:b] - a, None if logits is None else logits[:, a:b])
+        for a, b in pairwise(cu_seqlens.tolist())
         if b > a
     ]
     return torch.cat(pieces, 1)
@@ -168,6 +198,51 @@ class _StraightThrough(torch.autograd.Function):
 def straight_through(v: Tensor, logits: Tensor) -> Tensor:
     """v unchanged [B, T, H, D], with the gradient to logits [B, T, H] as if it were v * sigmoid(logits)."""
     return _StraightThrough.apply(v, logits)
+
+
+def through_values(
+    v: Tensor, logits: Tensor, *, sinks: int, layout: Layout, gradient_from: str
+) -> tuple[Tensor, Tensor | None]:
+    """Values and logits as `interval_attention` takes them, for the gradient that logits shall get.
+
+    Args:
+        v: [B, T, H, D].
+        logits: [B, T, H].
+        gradient_from: `all` queries that read a key, or those `beyond_window`; then sinks, which are read in any
+            case, give none.
+    """
+    if gradient_from == "all":
+        return straight_through(v, logits), None
+    batch, length = logits.shape[:2]
+    sink_BT1 = (layout.positions(batch, length, logits.device) < sinks)[..., None]
+    return v, torch.where(sink_BT1, logits.detach(), logits)
+
+
+class _BeyondWindow(torch.autograd.Function):
+    """An attention's output as it is; to logits the gradient of a factor that only queries i >= j + window see."""
+
+    @staticmethod
+    def forward(ctx, out: Tensor, logits_BKH: Tensor, q, k, v, end, window: int, scale: float, off_by_one: bool):
+        ctx.save_for_backward(logits_BKH, q, k, v, end)
+        ctx.numbers = window, scale, off_by_one
+        return out.view_as(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_BQND: Tensor):
+        logits_BKH, q, k, v, end = ctx.saved_tensors
+        window, scale, off_by_one = ctx.numbers
+        queries, heads = q.shape[1], k.shape[2]
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        q, grad = (x.to(dtype).unflatten(2, (heads, -1)) for x in (q, grad_BQND))
+        score_BHGQK, read_BHGQK = (torch.einsum("bqhgd,bkhd->bhgqk", a, b.to(dtype)) for a, b in ((q, k), (grad, v)))
+        seen_BH1QK = visible_pairs(end, queries)[:, :, None]
+        weight_BHGQK = softmax_weights((score_BHGQK * scale).masked_fill(~seen_BH1QK, -torch.inf), off_by_one)
+        index_Q = torch.arange(queries, device=q.device)
+        far_QK = index_Q[:, None] >= index_Q + window
+        far_BKH = (weight_BHGQK * read_BHGQK * far_QK).sum((2, 3)).transpose(1, 2)
+        r_BKH = logits_BKH.to(dtype).sigmoid()
+        return grad_BQND, (far_BKH * r_BKH * (1 - r_BKH)).to(logits_BKH.dtype), *[None] * 7
 
 
 def visible_pairs(end: Tensor, queries: int) -> Tensor:

@@ -5,11 +5,15 @@ Shapes: B batch, T tokens of a row, N documents.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -17,6 +21,9 @@ class Layout:
     """Documents and padding of a [B, T] batch.
 
     Without either field every row holds T tokens of one document. At most one field is set.
+
+    All layers of a forward pass are given the same layout, and what depends on nothing else is computed by the first
+    one that asks (`once`). So neither the fields' tensors nor what the methods return may be changed in place.
 
     Attributes:
         cu_seqlens: [N + 1] integers, cumulative lengths of N packed documents; then B is 1, as in
@@ -30,6 +37,18 @@ class Layout:
 
     def __post_init__(self):
         assert self.cu_seqlens is None or self.lengths is None, "packed rows have no padding"
+        # no field: a layout made by `replace` starts without it
+        object.__setattr__(self, "_known", {})
+
+    def once(self, key: Hashable, compute: Callable[[], Result]) -> Result:
+        """What `compute` gave when this layout was first asked for `key`.
+
+        Args:
+            key: a name and everything besides the layout that the result depends on.
+        """
+        if key not in self._known:
+            self._known[key] = compute()
+        return self._known[key]
 
     @property
     def is_packed(self) -> bool:
@@ -37,6 +56,9 @@ class Layout:
 
     def documents(self, batch: int, length: int, device: torch.device) -> Tensor:
         """Index of each token's document in its row [B, T] (int64); -1 for padding."""
+        return self.once(("documents", batch, length, device), lambda: self._documents(batch, length, device))
+
+    def _documents(self, batch: int, length: int, device: torch.device) -> Tensor:
         index_T = torch.arange(length, device=device)
         if self.cu_seqlens is not None:
             ends_N = self.cu_seqlens[1:].to(device=device, dtype=torch.int64)
@@ -47,6 +69,9 @@ class Layout:
 
     def positions(self, batch: int, length: int, device: torch.device) -> Tensor:
         """Position of each token in its document [B, T] (int64), from 0; -1 for padding."""
+        return self.once(("positions", batch, length, device), lambda: self._positions(batch, length, device))
+
+    def _positions(self, batch: int, length: int, device: torch.device) -> Tensor:
         index_BT = torch.arange(length, device=device)[None].expand(batch, length)
         if self.cu_seqlens is not None:
             starts_N = self.cu_seqlens[:-1].to(device=device, dtype=torch.int64)
@@ -57,6 +82,9 @@ class Layout:
 
     def document_ends(self, batch: int, length: int, device: torch.device) -> Tensor:
         """Row index one past the last token of each token's document [B, T] (int64); 0 for padding."""
+        return self.once(("ends", batch, length, device), lambda: self._document_ends(batch, length, device))
+
+    def _document_ends(self, batch: int, length: int, device: torch.device) -> Tensor:
         if self.cu_seqlens is not None:
             ends_N = self.cu_seqlens[1:].to(device=device, dtype=torch.int64)
             return ends_N[self.documents(batch, length, device)]

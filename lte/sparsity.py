@@ -33,21 +33,32 @@ class RetentionStats:
 def retention_stats(logits_BTH: Tensor, *, window: int, sinks: int, layout: Layout | None = None) -> RetentionStats:
     """Penalty and density of retention logits [B, T, H] under a window and sinks."""
     layout = layout or Layout()
-    batch, length, _ = logits_BTH.shape
-    device = logits_BTH.device
-    position_BT = layout.positions(batch, length, device)
-    real_BT = position_BT >= 0
-    left_BT = layout.document_ends(batch, length, device) - torch.arange(length, device=device)
-    eligible_BT = real_BT & (position_BT >= sinks) & (left_BT > window)
-    excess_BTH = torch.relu(torch.sigmoid(logits_BTH) - 0.5) * real_BT[..., None]
-    tokens = real_BT.sum()
-    kept_H = ((logits_BTH.detach() > 0) & eligible_BT[..., None]).sum((0, 1))
-    return RetentionStats(
-        penalty=excess_BTH.sum((0, 1)) / tokens.clamp(min=1),
-        kept=kept_H.to(torch.float32),
-        eligible=eligible_BT.sum().to(torch.float32).expand_as(kept_H),
-        tokens=tokens,
+    batch, length, heads = logits_BTH.shape
+    key = ("eligible", batch, length, heads, window, sinks, logits_BTH.device)
+    padding_BT1, eligible_BT1, eligible_H, tokens = layout.once(
+        key, lambda: _eligible(batch, length, heads, window, sinks, layout, logits_BTH.device)
     )
+    excess_BTH = torch.relu(logits_BTH.sigmoid() - 0.5)
+    if padding_BT1 is None:
+        penalty_H = excess_BTH.mean((0, 1))
+    else:
+        # the mean over none is 0
+        penalty_H = excess_BTH.masked_fill(padding_BT1, 0.0).sum((0, 1)) / tokens.clamp(min=1)
+    kept_H = ((logits_BTH > 0) & eligible_BT1).sum((0, 1), dtype=torch.float32)
+    return RetentionStats(penalty=penalty_H, kept=kept_H, eligible=eligible_H, tokens=tokens)
+
+
+def _eligible(
+    batch: int, length: int, heads: int, window: int, sinks: int, layout: Layout, device: torch.device
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    """Which tokens are padding (None where none can be) and which can be retained, [B, T, 1] each; how many can be
+    retained [H], and how many are real."""
+    position_BT = layout.positions(batch, length, device)
+    left_BT = layout.document_ends(batch, length, device) - torch.arange(length, device=device)
+    real_BT = position_BT >= 0
+    eligible_BT = real_BT & (position_BT >= sinks) & (left_BT > window)
+    padding_BT1 = None if layout.lengths is None else ~real_BT[..., None]
+    return padding_BT1, eligible_BT[..., None], eligible_BT.sum().to(torch.float32).expand(heads), real_BT.sum()
 
 
 class PenaltyControl(nn.Module):
@@ -86,6 +97,8 @@ class PenaltyControl(nn.Module):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         # counts since the last optimizer step: kept and eligible
         self.register_buffer("counts", torch.zeros(2, layers, heads, dtype=f32), persistent=False)
+        self._known: tuple[Tensor, int, int] | None = None
+        self._know(0)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -93,6 +106,31 @@ class PenaltyControl(nn.Module):
         self.density.fill_(-1.0)
         self.steps.zero_()
         self.counts.zero_()
+        self._know(0)
+
+    def __getstate__(self) -> dict:
+        # a copy's tensors count their versions anew
+        return {**self.__dict__, "_known": None}
+
+    @torch.compiler.disable
+    def steps_done(self) -> int:
+        """Optimizer steps so far.
+
+        The device is waited for only where the buffer was written by something else than `update`: a loaded
+        checkpoint, a move to another device.
+        """
+        if self.steps.is_inference():  # has no version
+            return int(self.steps)
+        if not self._is_known():
+            self._know(int(self.steps))
+        return self._known[2]
+
+    def _know(self, count: int) -> None:
+        """The buffer holds `count` for as long as it is this tensor in this version."""
+        self._known = None if self.steps.is_inference() else (self.steps, self.steps._version, count)
+
+    def _is_known(self) -> bool:
+        return self._known is not None and self._known[0] is self.steps and self._known[1] == self.steps._version
 
     def penalty(self, stats: list[RetentionStats]) -> Tensor:
         """Σ λ(l, h) · mean relu(r - 0.5), a scalar; `stats` holds one entry a layer."""
@@ -114,7 +152,10 @@ class PenaltyControl(nn.Module):
         mean_LH = torch.where(self.density < 0, now_LH, torch.lerp(self.density, now_LH, self.smoothing))
         self.density.copy_(torch.where(eligible_LH > 0, mean_LH, self.density))
         self.counts.zero_()
+        count = self._known[2] if self._is_known() else None
         self.steps += 1
+        if count is not None:
+            self._know(count + 1)
         weight_LH = self.penalty_weight
         raised = torch.where(weight_LH > 0, 1.5 * weight_LH, self.minimum).clamp(max=self.maximum)
         lowered = torch.where(weight_LH / 2 < self.minimum, 0.0, weight_LH / 2)

@@ -111,23 +111,33 @@ def lifetimes(
 
         if budget is None or budget <= MAX_BUDGET:
             return retained_ends(logits, window=window, sinks=sinks, budget=budget, layout=layout)
-    index_T = torch.arange(length, device=device)
-    position_BT = layout.positions(batch, length, device)
-    document_end_BT = layout.document_ends(batch, length, device)
-    end_BTH = (index_T + window)[None, :, None].expand(batch, length, heads)
-    if logits is not None and budget != 0:
-        eligible_BTH = (logits.detach() > 0) & (position_BT >= sinks)[..., None]
-        if budget is None or budget >= length:
-            retained_end_BTH = torch.full_like(end_BTH, NEVER)
-        elif layout.is_packed:
-            retained_end_BTH = _packed_evictions(logits, eligible_BTH, window, budget, layout)
-        else:
-            retained_end_BTH = evictions(
-                logits.detach().masked_fill(~eligible_BTH, -torch.inf).float(), window, budget
-            )
-        end_BTH = torch.where(eligible_BTH, retained_end_BTH.maximum(end_BTH), end_BTH)
-    end_BTH = torch.where((position_BT < sinks)[..., None], NEVER, end_BTH)
-    return end_BTH.minimum(document_end_BT[..., None]).to(torch.int32)
+    plain_BTH, stop_BT1 = layout.once(
+        ("lifetimes", batch, length, heads, window, sinks, device),
+        lambda: _plain_lifetimes(batch, length, heads, window, sinks, layout, device),
+    )
+    if logits is None or budget == 0:
+        return plain_BTH
+    # sinks and padding are the same with and without retention
+    if budget is None or budget >= length:
+        return torch.where(logits > 0, stop_BT1, plain_BTH)
+    eligible_BTH = (logits.detach() > 0) & (layout.positions(batch, length, device) >= sinks)[..., None]
+    if layout.is_packed:
+        retained_BTH = _packed_evictions(logits, eligible_BTH, window, budget, layout)
+    else:
+        retained_BTH = evictions(logits.detach().masked_fill(~eligible_BTH, -torch.inf).float(), window, budget)
+    retained_BTH = retained_BTH.maximum(plain_BTH).minimum(stop_BT1)
+    return torch.where(eligible_BTH, retained_BTH, plain_BTH).to(torch.int32)
+
+
+def _plain_lifetimes(
+    batch: int, length: int, heads: int, window: int, sinks: int, layout: Layout, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """`lifetimes` where nothing is retained, and the ends of documents [B, T, 1]; both int32."""
+    end_T = torch.arange(length, device=device) + window
+    end_BT = torch.where(layout.positions(batch, length, device) < sinks, NEVER, end_T)
+    stop_BT = layout.document_ends(batch, length, device)
+    end_BT, stop_BT = end_BT.minimum(stop_BT).to(torch.int32), stop_BT.to(torch.int32)
+    return end_BT[..., None].expand(batch, length, heads), stop_BT[..., None]
 
 
 def _packed_evictions(logits: Tensor, eligible_BTH: Tensor, window: int, budget: int, layout: Layout) -> Tensor:

@@ -4,7 +4,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from models.cache import HybridCache
 from models.config import HybridConfig
-from models.modeling import HybridForCausalLM, HybridModel, HybridOutput
+from models.modeling import HybridForCausalLM, HybridModel
+from models.outputs import HybridOutput
 
 AutoConfig.register(HybridConfig.model_type, HybridConfig, exist_ok=True)
 AutoModel.register(HybridConfig, HybridModel, exist_ok=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from lte.attention import in_cache_attention, interval_attention, straight_through
+from lte.attention import in_cache_attention, interval_attention, through_values
 from lte.cache import GrowingCache, RetainedCache
 from lte.policies import POLICIES, Arrivals, Policy, observed_attention, observed_lifetimes, policy_name
 from lte.scorer import RetentionScorer, ScorerState, channels_of
@@ -104,6 +104,7 @@ class RetainedAttention(Mixer):
         self.lookahead = config.lookahead if config.has_scorer else 0
         self.position_encoding, self.rope_theta = config.position_encoding, config.rope_theta
         self.backend, self.off_by_one = config.attention_backend, config.softmax_off_by_one
+        self.gradient_from = config.straight_through
         self.q_proj = nn.Linear(config.hidden_size, self.heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
@@ -168,7 +169,7 @@ class RetainedAttention(Mixer):
         policy = self.policy if self.budget else None
         if policy is not None and policy.observes:
             return self._observed(policy, q, k, v, context), None
-        logits = stats = None
+        logits = stats = later = None
         window, budget = self.window, self.budget
         if policy is not None:
             positions_BT = context.positions(*k.shape[:2], k.device)
@@ -178,7 +179,7 @@ class RetainedAttention(Mixer):
             if self.training:
                 budget = None
             stats = retention_stats(logits, window=window, sinks=self.sinks, layout=context)
-            v = straight_through(v, logits)
+            v, later = through_values(v, logits, sinks=self.sinks, layout=context, gradient_from=self.gradient_from)
         if context.keep_all:
             window = None
         batch, length = q.shape[:2]
@@ -196,8 +197,7 @@ class RetainedAttention(Mixer):
         positions_BTH = None
         if self.position_encoding == "rope_in_cache":
             positions_BTH = torch.arange(length, device=q.device)[None, :, None].expand(batch, -1, self.kv_heads)
-        out = self._attend(q, k, v, end_BTH, positions_BTH, window, context)
-        return out, stats
+        return self._attend(q, k, v, end_BTH, positions_BTH, window, context, logits=later), stats
 
     def _cached(
         self, q: Tensor, k: Tensor, v: Tensor, scorer: RetentionScorer | None, context: Context, state: AttentionState
@@ -249,7 +249,9 @@ class RetainedAttention(Mixer):
             return None
         return rotary_frequencies(self.head_dim, self.rope_theta, x.device).float()
 
-    def _attend(self, q, k, v, end, positions, window, context: Context, rotated: bool = False) -> Tensor:
+    def _attend(
+        self, q, k, v, end, positions, window, context: Context, rotated: bool = False, logits: Tensor | None = None
+    ) -> Tensor:
         if self.position_encoding == "rope_in_cache":
             return in_cache_attention(
                 q, k, v, end, positions=positions, frequencies=self._frequencies(q), off_by_one=self.off_by_one
@@ -265,4 +267,5 @@ class RetainedAttention(Mixer):
             off_by_one=self.off_by_one,
             backend=self.backend,
             cu_seqlens=None if rotated else context.cu_seqlens,
+            logits=logits,
         )

@@ -15,6 +15,7 @@ from typing import Any, get_args, get_origin
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from lte.attention import BACKENDS, STRAIGHT_THROUGH
 from lte.policies import POLICIES
 from lte.scorer import check_sizes, lookahead_of
 
@@ -23,7 +24,6 @@ POSITION_ENCODINGS = ("rope", "rope_in_cache", "none")
 RETENTIONS = ("none", "lte", *POLICIES)
 SINK_TOKENS = ("none", "learnable")
 SCORER_SHARING = ("none", "heads", "layers")
-ATTENTION_BACKENDS = ("auto", "reference", "flex", "triton")
 
 
 @strict
@@ -54,6 +54,8 @@ class HybridConfig(PreTrainedConfig):
         scorer_kernel_sizes, scorer_dilations, scorer_dropout: the scorer's convolutions.
         scorer_sharing: `none` (one stack a KV head), `heads` (one a layer) or `layers` (one for the whole model).
         scorer_lr_scale: factor of the scorer's learning rate.
+        straight_through: queries from which a token's retention logit gets its gradient: `all` that read the token
+            (as in the paper), or `beyond_window`, those that read it because it is retained (docs/algorithm.md).
         keep_all_steps: optimizer steps at the start during which everything is kept and the scorer isn't trained.
         penalty_interval, penalty_min, penalty_max: the control of the L1 penalty's weight (lte/sparsity.py).
         gdn_num_heads, gdn_head_dim, gdn_expand_v, gdn_conv_size: of the Gated DeltaNet layers.
@@ -96,6 +98,7 @@ class HybridConfig(PreTrainedConfig):
     scorer_dropout: float = 0.1
     scorer_sharing: str = "none"
     scorer_lr_scale: float = 1.0
+    straight_through: str = "all"
     keep_all_steps: int = 0
     penalty_interval: int = 32
     penalty_min: float = 1e-9
@@ -189,7 +192,8 @@ class HybridConfig(PreTrainedConfig):
         one_of("position_encoding", POSITION_ENCODINGS)
         one_of("sink_token", SINK_TOKENS)
         one_of("scorer_sharing", SCORER_SHARING)
-        one_of("attention_backend", ATTENTION_BACKENDS)
+        one_of("attention_backend", BACKENDS)
+        one_of("straight_through", STRAIGHT_THROUGH)
         at_least(1, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         at_least(1, "num_key_value_heads", "head_dim", "gdn_num_heads", "gdn_head_dim")
         if self.prefill_chunk is not None:
@@ -229,6 +233,17 @@ class HybridConfig(PreTrainedConfig):
             raise ValueError(
                 "softmax_off_by_one=true is not defined for nsa layers; leave it out, or use attention layers"
             )
+        if self.straight_through == "beyond_window":
+            if self.position_encoding == "rope_in_cache":
+                raise ValueError(
+                    "straight_through='beyond_window' is not defined for position_encoding='rope_in_cache'; use "
+                    "'rope' or 'none', or straight_through='all'"
+                )
+            if self.attention_backend == "flex":
+                raise ValueError(
+                    "straight_through='beyond_window' has no gradient in attention_backend='flex'; use 'auto', "
+                    "'reference' or 'triton'"
+                )
         if not float(self.gdn_head_dim * self.gdn_expand_v).is_integer() or self.gdn_expand_v <= 0:
             raise ValueError(
                 f"gdn_expand_v={self.gdn_expand_v} times gdn_head_dim={self.gdn_head_dim} must be a positive whole "

@@ -253,7 +253,7 @@ def _read_sparse(attn: Mapping[str, Any]) -> dict[str, Any]:
 def write_config(config: HybridConfig, kind: str) -> dict[str, Any]:
     """The config.json of a model of ours as one of another kind.
 
-    Fields that only matter in training (the scorer's learning rate, keep_all_steps) have no place there.
+    Fields that only matter in training (the scorer's learning rate and gradient, keep_all_steps) have no place there.
 
     Raises:
         ValueError: naming what that kind can't express.

@@ -6,14 +6,13 @@ Shapes: B batch, T tokens, C hidden size, V vocabulary, N documents.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.generation import GenerationMode
-from transformers.utils import ModelOutput
 
 from lte.layout import check_cu_seqlens
 from lte.scorer import RetentionScorer
@@ -26,42 +25,10 @@ from models.gated_deltanet import GatedDeltaNet
 from models.losses import cross_entropy, per_item, shift_labels
 from models.mixer import Context
 from models.ops import RMSNorm, linear_cross_entropy
+from models.outputs import HybridModelOutput, HybridOutput
 from models.padding import LeftAligned, check_mask, compose, prepend, unpad
 from models.retention import RetentionControls, build_penalty_control
 from models.rotary import rotary_angles
-
-
-@dataclass
-class HybridOutput(ModelOutput):
-    """Output of `HybridForCausalLM`.
-
-    Attributes:
-        loss: language-model loss, plus the penalty while training; None without labels.
-        lm_loss: mean cross-entropy in nats per predicted token.
-        aux_loss: the L1 penalty on retention, Σ λ · mean relu(r - 0.5); already part of `loss` while training.
-        logits: [B, T or logits_to_keep, V]; None in training with labels on CUDA, where only pieces of them exist.
-        past_key_values: the cache, if one was used.
-        hidden_states: inputs of every block and the final norm's output, if asked for.
-        retention: what each scorer decided (lte/sparsity.py), one entry an attention layer; None with a cache.
-    """
-
-    loss: Tensor | None = None
-    lm_loss: Tensor | None = None
-    aux_loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: HybridCache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    retention: list[RetentionStats] | None = None
-
-
-@dataclass
-class HybridModelOutput(ModelOutput):
-    """Output of `HybridModel`: the normed hidden states [B, T, C] and what the scorers decided."""
-
-    last_hidden_state: Tensor | None = None
-    past_key_values: HybridCache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    retention: list[RetentionStats] | None = None
 
 
 class HybridPreTrainedModel(PreTrainedModel):

@@ -151,7 +151,7 @@ class RetentionControls:
         control = self.penalty_control
         if control is None or not self.training or self.config.keep_all_steps == 0:
             return False
-        return int(control.steps) < self.config.keep_all_steps
+        return control.steps_done() < self.config.keep_all_steps
 
     def _penalty_of(self, stats: list[RetentionStats] | None) -> Tensor | None:
         """The L1 penalty of one forward pass, which counts towards the densities while training."""

@@ -216,21 +216,21 @@ def _forward(
 
 class _IntervalAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, end_NS, sizes, tiles):
+    def forward(ctx, q, k, v, end_NS, logits_BSH, sizes, tiles):
         with _on_device(q):
             plan = build_schedule(end_NS, sizes, tiles.forward, span_tokens=tiles.span_tokens, scan=tiles.scan)
             out, lse_NR = _forward(q, k, v, end_NS, sizes, tiles.forward, plan)
-        ctx.save_for_backward(q, k, v, out, lse_NR, end_NS)
+        ctx.save_for_backward(q, k, v, out, lse_NR, end_NS, logits_BSH)
         ctx.sizes, ctx.tiles, ctx.plan = sizes, tiles, plan
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do):
-        q, k, v, out, lse_NR, end_NS = ctx.saved_tensors
+        q, k, v, out, lse_NR, end_NS, logits_BSH = ctx.saved_tensors
         tiles = ctx.tiles
         with _on_device(q):
-            dq, dk, dv = attention_backward(
+            dq, dk, dv, far_NS = attention_backward(
                 _unit_stride(do),
                 q,
                 k,
@@ -244,8 +244,14 @@ class _IntervalAttention(torch.autograd.Function):
                 key_tile=tiles.key,
                 span_tokens=tiles.span_tokens,
                 scan=tiles.scan,
+                with_far=logits_BSH is not None,
             )
-        return dq, dk, dv, None, None, None
+        dlogits = None
+        if logits_BSH is not None:
+            r_BSH = logits_BSH.float().sigmoid()
+            far_BSH = far_NS.view(-1, ctx.sizes.heads, ctx.sizes.keys).transpose(1, 2)
+            dlogits = (far_BSH * r_BSH * (1 - r_BSH)).to(logits_BSH.dtype)
+        return dq, dk, dv, None, dlogits, None, None
 
 
 def _on_device(x: Tensor) -> contextlib.AbstractContextManager:
@@ -267,6 +273,7 @@ def interval_attention(
     scale: float | None = None,
     off_by_one: bool = False,
     offset: int | None = None,
+    logits: Tensor | None = None,
     tiles: Tiles | None = None,
 ) -> Tensor:
     """Causal attention in which every key has a last query (arXiv 2510.20787, section 3), differentiable in q, k, v.
@@ -283,6 +290,8 @@ def interval_attention(
         scale: factor of the scores; None: D ** -0.5.
         off_by_one: with 1 added to the softmax's denominator (arXiv 2309.17453, equation 2).
         offset: keys below it are cache slots, whose ends have nothing to do with their place; None: S − T.
+        logits: [B, S, H] retention logits, with S = T, which get a straight-through gradient from the queries at
+            least `window` tokens behind: there, `window` does decide.
         tiles: tile shapes; None: the fixed table's entry for head_dim and dtype.
 
     Returns:
@@ -294,6 +303,11 @@ def interval_attention(
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     offset = k.shape[1] - q.shape[1] if offset is None else offset
     _check(q, k, v, end, window, scale, offset)
+    if logits is not None and (logits.shape != end.shape or q.shape[1] != k.shape[1]):
+        raise ValueError(
+            f"logits {tuple(logits.shape)} for {q.shape[1]} queries and ends {tuple(end.shape)}: give one a KV head "
+            "and token, and as many queries as keys"
+        )
     batch, keys, heads, dim = k.shape
     sizes = Geometry(
         batch=batch,
@@ -310,4 +324,4 @@ def interval_attention(
     )
     end_NS = end.transpose(1, 2).contiguous().view(batch * heads, keys)
     q, k, v = (_unit_stride(x) for x in (q, k, v))
-    return _IntervalAttention.apply(q, k, v, end_NS, sizes, tiles or _choose_tiles(q))
+    return _IntervalAttention.apply(q, k, v, end_NS, logits, sizes, tiles or _choose_tiles(q))

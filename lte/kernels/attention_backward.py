@@ -4,6 +4,9 @@ The key side is split by rows: a tile of keys takes the query rows of its window
 tile of gathered columns takes all later rows. The border is a row block per key tile (`near_rows`), so that every
 visible pair is counted once. Column sums are left in the gradients themselves or, split over workers, in scratch;
 the near kernel runs last and adds them. Letters as in lte/kernels/attention.py; S^T, P^T are [keys, rows] tiles.
+
+With FAR both also sum, for each key, P^T * dP^T over the rows beyond the key's window: the gradient of a factor of
+the value that only those rows see. Rows of the column kernel all lie there.
 """
 
 import torch
@@ -21,6 +24,7 @@ from lte.kernels.columns import (
     is_column,
     list_columns,
     load_key_tile,
+    load_row_block,
     load_tile,
     masked_tile,
     read_plan,
@@ -106,32 +110,6 @@ def _query_kernel(
 
 
 @triton.jit
-def _load_block(
-    q_ptr, do_ptr, lse_ptr, delta_ptr, block, q_t, q_h, do_t, do_h, rows,
-    GROUP: tl.constexpr, DIM: tl.constexpr, PAD_DIM: tl.constexpr, ROWS: tl.constexpr, CHECK: tl.constexpr,
-):  # fmt: skip
-    lane = tl.arange(0, ROWS)
-    row = block * ROWS + lane
-    inside = row < rows
-    if ROWS % GROUP == 0:  # one 64-bit offset for the block, 32-bit ones within it
-        token = tl.cast(block * (ROWS // GROUP), tl.int64)
-        q_at = (lane // GROUP) * q_t + (lane % GROUP) * q_h
-        do_at = (lane // GROUP) * do_t + (lane % GROUP) * do_h
-        q = load_tile(q_ptr + token * q_t, q_at, 1, inside, DIM, PAD_DIM, CHECK)
-        do = load_tile(do_ptr + token * do_t, do_at, 1, inside, DIM, PAD_DIM, CHECK)
-    else:
-        q = load_tile(q_ptr, row_offsets(row, q_t, q_h, GROUP), 1, inside, DIM, PAD_DIM, CHECK)
-        do = load_tile(do_ptr, row_offsets(row, do_t, do_h, GROUP), 1, inside, DIM, PAD_DIM, CHECK)
-    if CHECK:
-        lse = tl.load(lse_ptr + row, mask=inside, other=float("inf"))
-        delta = tl.load(delta_ptr + row, mask=inside, other=0.0)
-    else:
-        lse = tl.load(lse_ptr + row)
-        delta = tl.load(delta_ptr + row)
-    return q, do, lse, delta
-
-
-@triton.jit
 def _key_step(dk, dv, k, v, q, do, lse, delta, keep, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr):
     s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
     p = tl.math.exp2(s * scale - lse[None, :])
@@ -141,7 +119,7 @@ def _key_step(dk, dv, k, v, q, do, lse, delta, keep, scale, MASKED: tl.constexpr
     dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
     ds = p * (dp - delta[None, :])
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-    return dk, dv
+    return dk, dv, p * dp
 
 
 @triton.jit
@@ -163,11 +141,11 @@ def _column_workers(columns, slots, KEYS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["tokens", "keys", "offset", "first", "window", "tiles", "slots"])
 def _column_kernel(
-    q_ptr, k_ptr, v_ptr, end_ptr, columns_ptr, prefix_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
-    partial_ptr, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h, tokens, keys, offset,
+    q_ptr, k_ptr, v_ptr, end_ptr, columns_ptr, prefix_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, far_ptr,
+    partial_ptr, far_partial_ptr, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h, tokens, keys, offset,
     first, window, tiles, slots, scale_log2, scale, batch_heads,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PAD_DIM: tl.constexpr, ROWS: tl.constexpr,
-    KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    KEYS: tl.constexpr, FAR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     n = (tl.program_id(0) % batch_heads).to(tl.int64)
     slot = tl.program_id(0) // batch_heads
@@ -204,21 +182,26 @@ def _column_kernel(
         )
         dk = tl.zeros([KEYS, PAD_DIM], tl.float32)
         dv = tl.zeros([KEYS, PAD_DIM], tl.float32)
+        far = tl.zeros([KEYS], tl.float32)
         for block in range(full, full_stop):
-            q, do, lse, delta = _load_block(
+            q, do, lse, delta = load_row_block(
                 q_ptr, do_ptr, lse_ptr, delta_ptr, block, q_t, q_h, do_t, do_h, rows,
                 GROUP, DIM, PAD_DIM, ROWS, False,
             )  # fmt: skip
-            dk, dv = _key_step(dk, dv, k, v, q, do, lse, delta, None, scale_log2, False, PRECISION)
+            dk, dv, pdp = _key_step(dk, dv, k, v, q, do, lse, delta, None, scale_log2, False, PRECISION)
+            if FAR:
+                far += tl.sum(pdp, 1)
         for step in range(0, full - lo + tl.maximum(hi - full_stop, 0)):
             block = tl.where(step < full - lo, lo + step, full_stop + step - (full - lo))
-            q, do, lse, delta = _load_block(
+            q, do, lse, delta = load_row_block(
                 q_ptr, do_ptr, lse_ptr, delta_ptr, block, q_t, q_h, do_t, do_h, rows,
                 GROUP, DIM, PAD_DIM, ROWS, True,
             )  # fmt: skip
             i = first + (block * ROWS + tl.arange(0, ROWS)) // GROUP
             keep = (start <= block)[:, None] & (i[None, :] < e[:, None])
-            dk, dv = _key_step(dk, dv, k, v, q, do, lse, delta, keep, scale_log2, True, PRECISION)
+            dk, dv, pdp = _key_step(dk, dv, k, v, q, do, lse, delta, keep, scale_log2, True, PRECISION)
+            if FAR:
+                far += tl.sum(pdp, 1)
 
         dk = dk * scale
         dim = tl.arange(0, PAD_DIM)
@@ -227,20 +210,24 @@ def _column_kernel(
             mask = inside[:, None] & (dim < DIM)[None, :]
             tl.store(dk_ptr + grad_at, dk.to(dk_ptr.dtype.element_ty), mask=mask)
             tl.store(dv_ptr + grad_at, dv.to(dv_ptr.dtype.element_ty), mask=mask)
+            if FAR:
+                tl.store(far_ptr + n * keys + j_row, far, mask=inside)
         else:
             part = partial_ptr + (n * slots + slot) * (2 * KEYS * DIM)
             part_at = part + tl.arange(0, KEYS)[:, None] * DIM + dim[None, :]
             tl.store(part_at, dk, mask=(dim < DIM)[None, :])
             tl.store(part_at + KEYS * DIM, dv, mask=(dim < DIM)[None, :])
+            if FAR:
+                tl.store(far_partial_ptr + (n * slots + slot) * KEYS + tl.arange(0, KEYS), far)
 
 
 @triton.jit(do_not_specialize=["tokens", "keys", "offset", "first", "window", "tiles", "slots"])
 def _near_kernel(
-    q_ptr, k_ptr, v_ptr, end_ptr, prefix_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, partial_ptr, q_b,
-    q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h, tokens, keys, offset, first, window, tiles,
-    slots, scale_log2, scale, batch_heads,
+    q_ptr, k_ptr, v_ptr, end_ptr, prefix_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, far_ptr, partial_ptr,
+    far_partial_ptr, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h, tokens, keys, offset, first,
+    window, tiles, slots, scale_log2, scale, batch_heads,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PAD_DIM: tl.constexpr, ROWS: tl.constexpr,
-    KEYS: tl.constexpr, HAS_COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    KEYS: tl.constexpr, HAS_COLUMNS: tl.constexpr, FAR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     n = (tl.program_id(0) % batch_heads).to(tl.int64)
     tile = tl.program_id(0) // batch_heads
@@ -272,21 +259,27 @@ def _near_kernel(
     )
     dk = tl.zeros([KEYS, PAD_DIM], tl.float32)
     dv = tl.zeros([KEYS, PAD_DIM], tl.float32)
+    far = tl.zeros([KEYS], tl.float32)
     for block in range(full, full_stop):
-        q, do, lse, delta = _load_block(
+        q, do, lse, delta = load_row_block(
             q_ptr, do_ptr, lse_ptr, delta_ptr, block, q_t, q_h, do_t, do_h, rows,
             GROUP, DIM, PAD_DIM, ROWS, False,
         )  # fmt: skip
-        dk, dv = _key_step(dk, dv, k, v, q, do, lse, delta, None, scale_log2, False, PRECISION)
+        dk, dv, pdp = _key_step(dk, dv, k, v, q, do, lse, delta, None, scale_log2, False, PRECISION)
+        if FAR:
+            i = first + (block * ROWS + tl.arange(0, ROWS)) // GROUP
+            far += tl.sum(tl.where(i[None, :] >= j[:, None] + window, pdp, 0.0), 1)
     for step in range(0, full - lo + hi - full_stop):
         block = tl.where(step < full - lo, lo + step, full_stop + step - (full - lo))
-        q, do, lse, delta = _load_block(
+        q, do, lse, delta = load_row_block(
             q_ptr, do_ptr, lse_ptr, delta_ptr, block, q_t, q_h, do_t, do_h, rows,
             GROUP, DIM, PAD_DIM, ROWS, True,
         )  # fmt: skip
         i = first + (block * ROWS + tl.arange(0, ROWS)) // GROUP
         keep = (j[:, None] <= i[None, :]) & (i[None, :] < e[:, None])
-        dk, dv = _key_step(dk, dv, k, v, q, do, lse, delta, keep, scale_log2, True, PRECISION)
+        dk, dv, pdp = _key_step(dk, dv, k, v, q, do, lse, delta, keep, scale_log2, True, PRECISION)
+        if FAR:
+            far += tl.sum(tl.where(i[None, :] >= j[:, None] + window, pdp, 0.0), 1)
 
     dk = dk * scale
     dim = tl.arange(0, PAD_DIM)
@@ -303,14 +296,20 @@ def _near_kernel(
         if workers == 1:
             dk += tl.load(dk_ptr + grad_at, mask=column_mask, other=0.0).to(tl.float32)
             dv += tl.load(dv_ptr + grad_at, mask=column_mask, other=0.0).to(tl.float32)
+            if FAR:
+                far += tl.load(far_ptr + n * keys + j_row, mask=column, other=0.0)
         else:
             for worker in range(0, workers):
                 slot = n * slots + rank // KEYS * workers + worker
                 part_at = partial_ptr + ((slot * 2 * KEYS + rank % KEYS) * DIM)[:, None] + dim[None, :]
                 dk += tl.load(part_at, mask=column_mask, other=0.0)
                 dv += tl.load(part_at + KEYS * DIM, mask=column_mask, other=0.0)
+                if FAR:
+                    far += tl.load(far_partial_ptr + slot * KEYS + rank % KEYS, mask=column, other=0.0)
     tl.store(dk_ptr + grad_at, dk.to(dk_ptr.dtype.element_ty), mask=mask)
     tl.store(dv_ptr + grad_at, dv.to(dv_ptr.dtype.element_ty), mask=mask)
+    if FAR:
+        tl.store(far_ptr + n * keys + j_row, far, mask=inside)
 
 
 def attention_backward(
@@ -328,15 +327,18 @@ def attention_backward(
     key_tile: Tile,
     span_tokens: int,
     scan: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+    with_far: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dq, dk, dv from the forward pass's tensors; `lse_NR` is in base 2, +inf where a row sees no key.
 
-    `plan` is the forward pass's schedule, used again as far as the tiles agree.
+    `plan` is the forward pass's schedule, used again as far as the tiles agree. The last result, if `with_far`, is
+    each key's part of sum(dv * v) that comes from queries at least `window` tokens behind it, float32 [N, S].
     """
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3])
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    far_NS = torch.empty(end_NS.shape, dtype=torch.float32, device=q.device) if with_far else None
     delta_NR = torch.empty_like(lse_NR)
     border = (sizes.tokens, sizes.keys, sizes.offset, sizes.first, sizes.window)
     scales = (sizes.scale * LOG2E, sizes.scale)
@@ -358,19 +360,20 @@ def attention_backward(
     column_tiles = triton.cdiv(sizes.keys, width)
     slots = max(column_tiles // 2, 1)
     numbers = (*border, tiles, slots, *scales, heads)
-    options = dict(sizes.constants(), ROWS=key_tile.rows, KEYS=width, **key_tile.options())
+    options = dict(sizes.constants(), ROWS=key_tile.rows, KEYS=width, FAR=with_far, **key_tile.options())
     if columns is not None:
         if columns.width != width:
             columns = list_columns(end_NS, sizes, width, scan=scan)
         columns_NS, prefix_NK1 = columns.columns_NS, columns.prefix_NK1
         partial = torch.empty(heads, slots, 2, width, sizes.dim, dtype=torch.float32, device=q.device)
-        grads = (do, lse_NR, delta_NR, dk, dv, partial)
+        far_partial = torch.empty(heads, slots, width, dtype=torch.float32, device=q.device) if with_far else None
+        grads = (do, lse_NR, delta_NR, dk, dv, far_NS, partial, far_partial)
         _column_kernel[(column_tiles * heads,)](
             q, k, v, end_NS, columns_NS, prefix_NK1, *grads, *strides, *numbers, **options
         )
     else:
-        prefix_NK1, grads = end_NS, (do, lse_NR, delta_NR, dk, dv, delta_NR)  # two arguments that aren't read
+        prefix_NK1, grads = None, (do, lse_NR, delta_NR, dk, dv, far_NS, None, None)  # Nones aren't read
     _near_kernel[(tiles * heads,)](
         q, k, v, end_NS, prefix_NK1, *grads, *strides, *numbers, **options, HAS_COLUMNS=sizes.has_columns
     )
-    return dq, dk, dv
+    return dq, dk, dv, far_NS

@@ -305,9 +305,7 @@ def retained_ends(
     limited = budget is not None and length - window > budget
     bounds = None
     if layout.is_packed:
-        cu_seqlens = layout.cu_seqlens.to(device=device, dtype=torch.int32)
-        document_T = layout.documents(1, length, device)[0]
-        bounds = cu_seqlens[:-1][document_T], cu_seqlens[1:][document_T]
+        bounds = layout.once(("bounds", length, device), lambda: _document_bounds(layout, length, device))
     lengths = None if layout.lengths is None else layout.lengths.to(device)
     end_BHT = torch.empty(batch, heads, length, dtype=torch.int32, device=device)
     keys_NT = torch.empty(batch * heads, length if limited else 0, dtype=torch.int64, device=device)
@@ -325,3 +323,10 @@ def retained_ends(
             lengths=lengths, tiles=tiles,
         )  # fmt: skip
     return end_BHT.transpose(1, 2)
+
+
+def _document_bounds(layout: Layout, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """First token of each token's document and one past the last, int32 [T] each."""
+    cu_seqlens = layout.cu_seqlens.to(device=device, dtype=torch.int32)
+    document_T = layout.documents(1, length, device)[0]
+    return cu_seqlens[:-1][document_T], cu_seqlens[1:][document_T]

@@ -1,11 +1,15 @@
 """The scorer in its three forms, and the penalty's control."""
 
+import pickle
+from copy import deepcopy
+
 import pytest
 import torch
 
 from lte.layout import Layout
 from lte.scorer import RetentionScorer
 from lte.sparsity import PenaltyControl, RetentionStats, retention_stats
+from tests.op_modes import NoReading
 
 
 def build(heads=3, dim=16, **kwargs):
@@ -188,3 +192,77 @@ def test_steps_without_eligible_positions_leave_the_average():
     feed(control, torch.tensor([[0.5]]))
     control.update()
     assert control.density.item() == 0.5
+
+
+def test_steps_are_known_without_reading_the_buffer():
+    control = PenaltyControl(1, 2, target=0.2)
+    with NoReading():
+        assert control.steps_done() == 0
+        for step in range(1, 4):
+            control.update()
+            assert control.steps_done() == step
+        control.reset_parameters()
+        assert control.steps_done() == 0
+    with NoReading(), pytest.raises(AssertionError, match="is read"):
+        int(control.steps)
+
+
+def written_in_place(control):
+    control.steps.fill_(9)
+    return control
+
+
+def loaded(control):
+    control.load_state_dict({**control.state_dict(), "steps": torch.tensor(9)})
+    return control
+
+
+def replaced(control):
+    control.load_state_dict({**control.state_dict(), "steps": torch.tensor(9)}, assign=True)
+    return control
+
+
+def copied(control):
+    other = deepcopy(written_in_place(control))
+    control.steps.fill_(1)
+    return other
+
+
+def pickled(control):
+    return pickle.loads(pickle.dumps(written_in_place(control)))
+
+
+def moved(control):
+    control.to("meta")
+    control.steps = torch.tensor(9)
+    return control
+
+
+@pytest.mark.parametrize("change", [written_in_place, loaded, replaced, copied, pickled, moved])
+@pytest.mark.parametrize("updates", range(1, 5))
+def test_steps_done_is_the_buffer_whoever_wrote_it(change, updates):
+    control = PenaltyControl(1, 2, target=0.2)
+    for _ in range(updates):
+        control.update()
+    assert control.steps_done() == updates
+    other = change(control)
+    if change is not moved:
+        for step in range(5):
+            other.update()
+            assert int(other.steps) == 10 + step
+            if step == 3:
+                continue  # not asked after every step
+            assert other.steps_done() == 10 + step
+    else:
+        assert other.steps_done() == 9
+
+
+def test_a_copy_that_is_not_asked_for_a_while_counts_right():
+    control = PenaltyControl(1, 2, target=0.2)
+    for _ in range(3):
+        control.update()
+    for later in range(8):
+        other = deepcopy(control)
+        for _ in range(later):
+            other.update()
+        assert other.steps_done() == int(other.steps) == 3 + later

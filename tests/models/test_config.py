@@ -53,6 +53,15 @@ REQUIRED = [name for name in COUNTS if "nsa" not in name]
         ({"retention": "none"}, r"budget=3 has nothing to fill it"),
         ({"position_encoding": "alibi"}, r"position_encoding='alibi' is unknown"),
         ({"scorer_sharing": "all"}, r"scorer_sharing='all' is unknown"),
+        ({"straight_through": "some"}, r"straight_through='some' is unknown; use one of all, beyond_window"),
+        (
+            {"straight_through": "beyond_window", "position_encoding": "rope_in_cache"},
+            r"straight_through='beyond_window' is not defined for position_encoding='rope_in_cache'",
+        ),
+        (
+            {"straight_through": "beyond_window", "attention_backend": "flex"},
+            r"straight_through='beyond_window' has no gradient in attention_backend='flex'",
+        ),
         ({"attention_backend": "cudnn"}, r"attention_backend='cudnn' is unknown"),
         ({"scorer_kernel_sizes": [3, 3]}, r"scorer_kernel_sizes=\[3, 3\] and scorer_dilations=\[2, 2, 2\]"),
         ({"scorer_kernel_sizes": [3, 4, 3]}, r"scorer_kernel_sizes=\[3, 4, 3\] must be odd"),

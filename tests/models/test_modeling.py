@@ -4,6 +4,7 @@ Shapes: B rows, T tokens, V vocabulary.
 """
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from lte.layout import Layout
 from models import HybridForCausalLM
 from models.attention import RetainedAttention
 from models.ops import IGNORE
+from tests.op_modes import NoReading
 from tests.tiny_models import (
     VARIANTS,
     assert_close,
@@ -352,6 +354,61 @@ def test_keep_all_steps():
             assert scorer.grad.abs().max() > 0
         model.update_retention_penalty()
     assert_close(model.eval()(ids).logits, run_in_pieces(model, ids, [60]))
+
+
+def late_gradients(ids, straight_through="beyond_window", scale=1.0, **kwargs):
+    """Logits of one forward pass, and the gradients of `scale` times its loss: all, and those of the last scorer."""
+    model = trainable(straight_through=straight_through)
+    output = model(ids, labels=ids, **kwargs)
+    (scale * output.lm_loss).backward()
+    scorer = model.model.layers[3].mixer.scorer.parameters()
+    return output.logits, torch.cat([p.grad.flatten() for p in model.parameters()]), [p.grad for p in scorer]
+
+
+def test_the_scorer_may_learn_from_late_readers_only():
+    """Then texts that fit into the window teach it nothing, packed ones what each does, and the output stays."""
+    ids = make_ids(1, 60)
+    logits, _, from_all = late_gradients(ids, "all")
+    again, _, from_late = late_gradients(ids)
+    assert torch.equal(logits, again)
+    for a, b in zip(from_all, from_late, strict=True):
+        assert (a - b).abs().max() > 0.01 * a.abs().max() > 0
+        assert b.any()
+    assert not any(grad.any() for grad in late_gradients(ids[:, :17])[2])
+    assert all(grad.any() for grad in late_gradients(ids[:, :17], "all")[2])
+    bounds = [0, 31, 60]
+    _, packed, late = late_gradients(ids, cu_seqlens=torch.tensor(bounds), scale=58 * 1e4)
+    pieces = [late_gradients(ids[:, a:b], scale=(b - a - 1) * 1e4) for a, b in pairwise(bounds)]
+    assert_close(packed, sum(piece[1] for piece in pieces))
+    for i, grad in enumerate(late):
+        assert_close(grad, sum(piece[2][i] for piece in pieces), 1e-4)
+
+
+def test_training_reads_no_tensor():
+    """Two steps that keep everything and two that don't, then again from a checkpoint."""
+    model = trainable(keep_all_steps=2, penalty_interval=1)
+    ids = make_ids(2, 20)
+    with NoReading():
+        for step in range(4):
+            output = model(ids, labels=ids)
+            assert (output.aux_loss is None) == (step < 2)
+            output.loss.backward()
+            model.update_retention_penalty()
+    again = trainable(keep_all_steps=6)
+    again.load_state_dict(model.state_dict())
+    assert again(ids).aux_loss is None  # may read, once
+    with NoReading():
+        for step in range(4, 8):
+            assert (again(ids).aux_loss is None) == (step < 6)
+            again.update_retention_penalty()
+
+
+def test_keep_all_steps_in_compiled_code():
+    model = trainable(keep_all_steps=2)
+    compiled = torch.compile(lambda x: x if model._keeps_all() else -x, backend="eager")
+    for step in range(4):
+        assert (compiled(torch.ones(1)) > 0) == (step < 2)
+        model.update_retention_penalty()
 
 
 @torch.no_grad()
