@@ -44,7 +44,7 @@ examples:
 """
 SYSTEMS = (OURS, "gdn", "transformer", "gdn-swa", "gdn-full")
 MEMBERS = (*SYSTEMS, "streaming", "nsa", "lansa")
-WORDS, LEARNING_RATE = 64, 1e-3
+WORDS, LEARNING_RATE = 64, 3e-4
 COLD_STEPS = 2  # whose time is that of making kernels
 BUFFERS = 4
 LOSS_TOLERANCE = 5e-3

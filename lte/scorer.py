@@ -196,7 +196,7 @@ class RetentionScorer(nn.Module):
             return self._convolve(layer, joined_HBSC, length, None)
         from lte.kernels.scorer import convolve
 
-        z_BHTO = convolve(
+        y_BHTO = convolve(
             joined_HBSC.transpose(0, 1),
             self.weights[layer],
             self.biases[layer],
@@ -204,7 +204,7 @@ class RetentionScorer(nn.Module):
             length,
             is_first=layer == 0,
         )
-        return F.silu(z_BHTO).to(joined_HBSC.dtype).transpose(0, 1)
+        return y_BHTO.transpose(0, 1)
 
     def _logits(self, x_HBTC: Tensor) -> Tensor:
         # the last product in float32: the sign and the order of logits decide what is kept

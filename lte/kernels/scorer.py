@@ -178,12 +178,20 @@ def _convolve(
     last: tuple[Tensor | None, Tensor | None, Tensor | None],
     strides: tuple[int, int, int],
     source: int,
+    *,
+    is_first: bool,
+    activates: bool = False,
 ) -> None:
-    """Fill z; of the last layer also the logits [B, T, H] of `last`, its weight, bias and logits."""
+    """Fill z; of the last layer also the logits [B, T, H] of `last`, its weight, bias and logits.
+
+    Args:
+        activates: SiLU of z takes z's place.
+    """
     batch, heads, tokens, _ = z_BHTO.shape
     dtype = w_SKCO.dtype
     convolve_kernel[(triton.cdiv(tokens, _rows(dtype)), batch * heads)](
         x, w_SKCO, bias_SO, z_BHTO, document_BT, seed, *last, *strides, heads, tokens, source, *layer.noise(),
+        ROUNDS=_kept_dtype(is_first, dtype) == dtype, ACTIVATES=activates,
         **_forward_plan(layer, dtype, x.device, document_BT is not None, len(w_SKCO) == 1),
     )  # fmt: skip
 
@@ -207,7 +215,10 @@ class _Score(torch.autograd.Function):
                 kept_dtype = _kept_dtype(is_first, dtype)
                 kept.append(torch.empty(batch, heads, tokens, layer.outputs, dtype=kept_dtype, device=device))
                 last = (out_weight_SO, out_bias_S, logits_BTH) if layer.is_last else (None, None, None)
-                _convolve(layer, x, weight, bias, document_BT, seed, kept[-1], last, _strides(x, is_first), tokens)
+                strides = _strides(x, is_first)
+                _convolve(
+                    layer, x, weight, bias, document_BT, seed, kept[-1], last, strides, tokens, is_first=is_first
+                )
         ctx.save_for_backward(document_BT, seed, out_weight_SO, *kept, *weights)
         ctx.layers, ctx.parameters = layers, [(p.shape, p.dtype) for p in parameters]
         return logits_BTH
@@ -319,19 +330,22 @@ def score(
 def convolve(
     x_BHSC: Tensor, weight_SKCO: Tensor, bias_SO: Tensor, dilation: int, tokens: int, *, is_first: bool
 ) -> Tensor:
-    """One convolution before its SiLU [B, H, T, O], without gradients: output t reads inputs t, t + dilation, …
+    """SiLU of one convolution [B, H, T, O], without gradients: output t reads inputs t, t + dilation, …
+
+    It is rounded where `score` rounds it, to the same bits: both forms keep the same tokens.
 
     Args:
         x_BHSC: inputs of S = T + (K - 1) * dilation tokens, as they are to be multiplied; C contiguous.
-        is_first: whether it is the scorer's first layer, whose result is in x's dtype, others' in float32.
+        is_first: whether it is the scorer's first layer, whose result `score` keeps in x's dtype ahead of SiLU.
     """
     assert x_BHSC.stride(-1) == 1
     batch, heads, source, channels = x_BHSC.shape
     layer = Layer(channels, bias_SO.shape[1], weight_SKCO.shape[1], dilation, 0, False, 0.0, 0, False)
     weight = weight_SKCO.to(x_BHSC.dtype).contiguous()
-    dtype = _kept_dtype(is_first, x_BHSC.dtype)
-    z_BHTO = torch.empty(batch, heads, tokens, layer.outputs, dtype=dtype, device=x_BHSC.device)
+    y_BHTO = x_BHSC.new_empty(batch, heads, tokens, layer.outputs)
     with on_device(x_BHSC):
-        strides = _strides(x_BHSC, False)
-        _convolve(layer, x_BHSC, weight, bias_SO.contiguous(), None, None, z_BHTO, (None,) * 3, strides, source)
-    return z_BHTO
+        _convolve(
+            layer, x_BHSC, weight, bias_SO.contiguous(), None, None, y_BHTO, (None,) * 3, _strides(x_BHSC, False),
+            source, is_first=is_first, activates=True,
+        )  # fmt: skip
+    return y_BHTO

@@ -63,8 +63,12 @@ def convolve_kernel(
     IN: tl.constexpr, OUT: tl.constexpr, PAD_OUT: tl.constexpr, TAPS: tl.constexpr, DILATION: tl.constexpr,
     REACH: tl.constexpr, ACTIVATED: tl.constexpr, DROPS: tl.constexpr, SALT: tl.constexpr,
     HAS_DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    IS_LAST: tl.constexpr, SHARED: tl.constexpr,
+    IS_LAST: tl.constexpr, SHARED: tl.constexpr, ROUNDS: tl.constexpr, ACTIVATES: tl.constexpr,
 ):  # fmt: skip
+    """z [B, H, T, OUT], and the logits in the last layer. ROUNDS: z is rounded as x before anything reads it.
+
+    ACTIVATES: SiLU of z takes its place, rounded as x: what the next layer would make of z as its inputs.
+    """
     n = tl.program_id(1)
     b = (n // heads).to(tl.int64)
     h = (n % heads).to(tl.int64)
@@ -90,12 +94,14 @@ def convolve_kernel(
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
     rows = n.to(tl.int64) * tokens + t
     keep = (t < tokens)[:, None] & (o < OUT)[None, :]
-    z = acc.to(z_ptr.dtype.element_ty)
-    tl.store(z_ptr + rows[:, None] * OUT + o[None, :], z, mask=keep)
+    z = acc.to(w_ptr.dtype.element_ty).to(tl.float32) if ROUNDS else acc
+    if ACTIVATES:
+        z, _ = _silu(z)
+    tl.store(z_ptr + rows[:, None] * OUT + o[None, :], z.to(z_ptr.dtype.element_ty), mask=keep)
     if IS_LAST:
         out_w = tl.load(out_w_ptr + stack * OUT + o, mask=o < OUT, other=0.0).to(tl.float32)
         # rounded as in the streaming form, so that both keep the same tokens
-        last, _ = _silu(z.to(tl.float32))
+        last, _ = _silu(z)
         last = last.to(w_ptr.dtype.element_ty).to(tl.float32)
         logit = tl.sum(last * out_w[None, :], 1) + tl.load(out_b_ptr + stack).to(tl.float32)
         tl.store(logits_ptr + (b * tokens + t) * heads + h, logit, mask=t < tokens)

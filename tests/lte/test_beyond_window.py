@@ -25,7 +25,8 @@ def definition(q, k, v, logits, *, window, sinks, budget=None, cu_seqlens=None, 
     """Dense attention in which v carries a factor of value 1, with r's gradient, for retained pairs alone."""
     batch, length, heads = logits.shape
     layout = Layout(cu_seqlens=cu_seqlens)
-    rule = dict(batch=batch, length=length, heads=heads, window=window, sinks=sinks, layout=layout)
+    sizes = dict(batch=batch, length=length, heads=heads, device=logits.device)
+    rule = dict(**sizes, window=window, sinks=sinks, layout=layout)
     seen = visible(logits.detach(), budget=budget, **rule)
     retained = seen & ~visible(None, budget=0, **rule)
     group = q.shape[2] // heads
