@@ -241,16 +241,16 @@ def test_a_missing_library_is_named(monkeypatch):
         fla_adapter.gated_delta_rule(*[torch.zeros(1)] * 7)
 
 
-def cuda_inputs(length, key_dim, value_dim, heads=3, batch=2):
-    """q, k, v, a, b in bfloat16, A_log, dt_bias and a state in float32."""
+def cuda_inputs(length, key_dim, value_dim, heads=3, batch=2, dtype=torch.bfloat16):
+    """q, k, v, a, b in `dtype`, A_log, dt_bias and a state in float32."""
     generator = torch.Generator("cuda").manual_seed(0)
 
     def normal(*shape):
         return torch.randn(*shape, generator=generator, device="cuda")
 
-    q, k = (normal(batch, length, heads, key_dim).bfloat16() for _ in range(2))
-    v = normal(batch, length, heads, value_dim).bfloat16()
-    a, b = (normal(batch, length, heads).bfloat16() for _ in range(2))
+    q, k = (normal(batch, length, heads, key_dim).to(dtype) for _ in range(2))
+    v = normal(batch, length, heads, value_dim).to(dtype)
+    a, b = (normal(batch, length, heads).to(dtype) for _ in range(2))
     A_log, dt_bias = normal(heads), normal(heads) - 4
     return [q, k, v, a, b, A_log, dt_bias, normal(batch, heads, key_dim, value_dim)]
 
@@ -273,19 +273,21 @@ def compare_gradients(kernel, pytorch):
     """Of q, k, v, a, b, A_log, dt_bias and the state.
 
     What comes through decay and strength is a difference of sums that the library rounds to 16 bits: its own tests
-    allow 0.02 there, in float16.
+    allow 0.02 there in float16, so that bfloat16, with an eighth of float16's precision, is held to 0.03 here and
+    float16 to what holds for the others.
     """
     names = ("q", "k", "v", "a", "b", "A_log", "dt_bias", "state")
+    gates = ("a", "b", "A_log", "dt_bias") if kernel[0].dtype == torch.bfloat16 else ()
     for name, a, e in zip(names, kernel, pytorch, strict=False):
-        limit = 2e-2 if name in ("a", "b", "A_log", "dt_bias") else 1e-2
-        assert relative_rms(a.grad, e.grad) <= limit, name
+        assert relative_rms(a.grad, e.grad) <= (3e-2 if name in gates else 1e-2), name
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("length", [1, 63, 130])
 @pytest.mark.parametrize(("key_dim", "value_dim"), [(64, 64), (60, 120), (256, 256)])
-def test_kernels_agree(length, key_dim, value_dim):
-    inputs = cuda_inputs(length, key_dim, value_dim)
+def test_kernels_agree(length, key_dim, value_dim, dtype):
+    inputs = cuda_inputs(length, key_dim, value_dim, dtype=dtype)
     kernel, pytorch = ([x.detach().clone().requires_grad_() for x in inputs] for _ in range(2))
     actual = fla_adapter.gated_delta_rule(*kernel[:7], initial_state_NHKV=kernel[7], output_final_state=True)
     expected = pytorch_form(*pytorch)
