@@ -63,6 +63,8 @@ class HybridConfig(PreTrainedConfig):
             native sparse attention layers.
         rms_norm_eps: epsilon of the norms.
         initializer_range: standard deviation of the initial weights; output projections are scaled by depth.
+        embedding_range: standard deviation of the initial embeddings; null: initializer_range. Small hybrids want a
+            larger one, so that a token is still seen beside the normalised outputs of Gated DeltaNet (docs/log.md).
         tie_word_embeddings: whether the output layer is the embedding.
         max_position_embeddings: length trained on; the target density is budget / (this - window). Nothing in the
             model limits the length of a text.
@@ -115,6 +117,7 @@ class HybridConfig(PreTrainedConfig):
     nsa_window: int = 512
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.006
+    embedding_range: float | None = None
     tie_word_embeddings: bool = True
     max_position_embeddings: int = 4096
     prefill_chunk: int | None = None
@@ -198,6 +201,8 @@ class HybridConfig(PreTrainedConfig):
         at_least(1, "num_key_value_heads", "head_dim", "gdn_num_heads", "gdn_head_dim")
         if self.prefill_chunk is not None:
             at_least(1, "prefill_chunk")
+        if self.embedding_range is not None:
+            at_least(0, "embedding_range")
         at_least(1, "max_position_embeddings", "penalty_interval")
         at_least(0, "sinks", "budget", "keep_all_steps", "penalty_min", "scorer_lr_scale", "initializer_range")
         at_least(2, "gdn_conv_size")

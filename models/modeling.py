@@ -43,8 +43,12 @@ class HybridPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        std = self.config.initializer_range
-        if isinstance(module, nn.Linear | nn.Embedding):
+        std, embedding_std = self.config.initializer_range, self.config.embedding_range
+        if embedding_std is None:
+            embedding_std = std
+        if isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=embedding_std)
+        elif isinstance(module, nn.Linear):
             # outputs to the residual stream shrink with depth, as in GPT-2
             depth = 2 * self.config.num_hidden_layers if hasattr(module, "to_residual_stream") else 1
             init.normal_(module.weight, std=std / math.sqrt(depth))
@@ -53,7 +57,7 @@ class HybridPreTrainedModel(PreTrainedModel):
         elif isinstance(module, GatedDeltaNet | RetentionScorer | PenaltyControl) and not _is_loaded(module):
             module.reset_parameters()
         elif isinstance(module, HybridModel) and module.sink_token is not None:
-            init.normal_(module.sink_token, std=std)
+            init.normal_(module.sink_token, std=embedding_std)
         if isinstance(module, PenaltyControl):
             init.zeros_(module.counts)  # in no checkpoint, so loading leaves it uninitialised
 

@@ -482,6 +482,21 @@ def test_initialisation():
         assert 0.9 < linear.weight.std() / (0.02 / math.sqrt(8)) < 1.1
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_may_start_from_a_range_of_their_own(tied):
+    torch.manual_seed(3)
+    changes = {"tie_word_embeddings": tied, "sink_token": "learnable", "initializer_range": 0.02}
+    model = HybridForCausalLM(make_config(hidden_size=96, embedding_range=0.3, **changes))
+    assert 0.9 < model.model.embed_tokens.weight.std() / 0.3 < 1.1
+    assert 0.7 < model.model.sink_token.std() / 0.3 < 1.3
+    assert 0.9 < model.lm_head.weight.std() / (0.3 if tied else 0.02) < 1.1
+    assert 0.9 < model.model.layers[1].mixer.q_proj.weight.std() / 0.02 < 1.1
+    plain = HybridForCausalLM(make_config(hidden_size=96, **changes))
+    assert 0.9 < plain.model.embed_tokens.weight.std() / 0.02 < 1.1
+    with pytest.raises(ValueError, match="embedding_range=-1"):
+        make_config(embedding_range=-1.0)
+
+
 def test_the_output_carries_what_the_scorers_decided():
     model = make_model()
     ids = make_ids(2, 40)
