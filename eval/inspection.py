@@ -26,6 +26,7 @@ from .conditions import retained
 
 PIECE_TOKENS = 16  # as in StreamingLLM's figure of average attention
 MOST_PIECES = 256
+SINK = "[sink]"  # how a learned sink is shown
 MAP_CELLS = 96  # about the rows and columns of a map of the whole text
 
 
@@ -284,6 +285,11 @@ def short_pieces(tokens: Tokens) -> Tensor:
     return torch.tensor([prefix + piece for piece in pieces[:MOST_PIECES]])
 
 
+def after_sink(tokens: Tokens) -> Tokens:
+    """The tokens as a model with a learned sink reads them: the sink, which has no id, in front."""
+    return Tokens([-1, *tokens.ids], [SINK, *tokens.texts], [True, *tokens.special], tokens.total + 1)
+
+
 def inspect_text(
     model: Any,
     tokenizer: Any,
@@ -321,7 +327,7 @@ def inspect_text(
             if maps:
                 found.append(AttentionMaps(layer, _pieces_map(mixer, short[layer]), _text_map(mixer, whole[layer])))
     return Inspection(
-        tokens,
+        tokens if model.model.sink_token is None else after_sink(tokens),
         list(model.config.layer_types),
         any_mixer.heads,
         any_mixer.kv_heads,

@@ -77,7 +77,7 @@ class HybridConfig(PreTrainedConfig):
     """
 
     model_type = "lalte"
-    keys_to_ignore_at_inference = ("past_key_values", "retention")
+    keys_to_ignore_at_inference = ["past_key_values", "retention", "lm_loss", "aux_loss"]  # noqa: RUF012
 
     vocab_size: int = 32000
     hidden_size: int = 1024

@@ -37,6 +37,13 @@ def obstacle(model: HybridForCausalLM, cache: HybridCache) -> str | None:
     return unsupported(model, cache)
 
 
+def unread_sink(model: HybridForCausalLM, cache: HybridCache) -> str | None:
+    """Why a step would be too early: a learned sink comes in front of the first tokens that a cache reads."""
+    if model.model.sink_token is not None and not cache.columns:
+        return "the sink token has yet to be read; give the cache a prompt first"
+    return None
+
+
 def unsupported(model: HybridForCausalLM, cache: HybridCache) -> str | None:
     """Why `DecodeStep` can't run this model, on whatever device; None if it can."""
     if importlib.util.find_spec("triton") is None:
@@ -44,8 +51,6 @@ def unsupported(model: HybridForCausalLM, cache: HybridCache) -> str | None:
     weight = model.model.embed_tokens.weight
     if weight.dtype not in DTYPES:
         return f"the model is in {weight.dtype}"
-    if model.model.sink_token is not None and not cache.columns:
-        return "the sink token has yet to be read; give the cache a prompt first"
     for index, (layer, state) in enumerate(zip(model.model.layers, cache.states, strict=True)):
         reason = _unsupported_layer(layer, state)
         if reason is not None:
@@ -140,7 +145,7 @@ class DecodeStep:
 
     Args:
         model: its projections are put side by side (`fuse_projections`).
-        cache: one that `unsupported` has nothing against.
+        cache: one that `unsupported` and `unread_sink` have nothing against.
         overlap: start kernels while their predecessors still run (Hopper and later).
     """
 

@@ -26,7 +26,7 @@ from transformers.generation import (
 )
 
 from models.cache import HybridCache
-from models.decode_step import DecodeStep, addresses, fuse_projections, obstacle
+from models.decode_step import DecodeStep, addresses, fuse_projections, obstacle, unread_sink
 from models.generation import GREEDY, Sampling, sample
 from models.mixer import MixerState
 from models.modeling import HybridForCausalLM
@@ -75,7 +75,7 @@ class GraphedDecoder:
         ending: Ending | None = None,
         overlap: bool | None = None,
     ):
-        reason = obstacle(model, cache)
+        reason = obstacle(model, cache) or unread_sink(model, cache)
         if reason is not None:
             raise ValueError(f"a decoding step can't be captured as a CUDA graph: {reason}; decode without a graph")
         if overlap is None:
@@ -224,7 +224,7 @@ def release(model: HybridForCausalLM) -> None:
 
 def serves(model: HybridForCausalLM, cache: HybridCache) -> bool:
     """Whether steps of this model can be graphs; a warning names the reason if they can't."""
-    reason = obstacle(model, cache)
+    reason = obstacle(model, cache) or unread_sink(model, cache)
     if reason is not None:
         warnings.warn(f"decoding without a CUDA graph, which is slower: {reason}", stacklevel=3)
     return reason is None
@@ -285,6 +285,7 @@ def _not_served(model, generation_config, processors, synced_gpus: bool, model_k
     sampling = served_sampling(processors, generation_config.do_sample)
     if isinstance(sampling, str):
         return f"the logits are changed by {sampling}"
+    # a learned sink is read with the prompt, before anything is captured
     return obstacle(model, cache)
 
 

@@ -76,7 +76,7 @@ def _parts(model: HybridForCausalLM) -> Iterator[tuple[str, int]]:
             part = MIXERS[model.config.layer_types[int(names[2])]]
         elif "mlp" in names:
             part = "MLP"
-        elif "embed_tokens" in names:
+        elif "embed_tokens" in names or "sink_token" in names:
             part = "embeddings"
         elif "lm_head" in names:
             part = "head"

@@ -18,7 +18,19 @@ M = TypeVar("M", bound=PreTrainedModel)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # fields of a config that don't change what a model computes, but for rounding
-NEUTRAL = ("_name_or_path", "transformers_version", "architectures", "dtype", "attention_backend", "prefill_chunk")
+NEUTRAL = (
+    *("_name_or_path", "transformers_version", "architectures", "dtype", "attention_backend", "prefill_chunk"),
+    # of training alone
+    *(
+        "initializer_range",
+        "embedding_range",
+        "straight_through",
+        "keep_all_steps",
+        "scorer_dropout",
+        "scorer_lr_scale",
+    ),
+    *("penalty_interval", "penalty_min", "penalty_max"),
+)
 
 
 def pick_device(device: str | torch.device = "auto") -> torch.device:

@@ -18,8 +18,9 @@ def shift_labels(labels_BT: Tensor, mask_BT: Tensor | None, cu_seqlens: Tensor |
         labels_BT = labels_BT.masked_fill(mask_BT[:, -labels_BT.shape[1] :] == 0, IGNORE)
     targets_BT = F.pad(labels_BT[:, 1:], (0, 1), value=IGNORE)
     if cu_seqlens is not None:
-        last = cu_seqlens[1:].to(torch.int64) - 1
-        targets_BT = targets_BT.index_fill(1, last.clamp(min=0), IGNORE)
+        # of an empty document at the front -1, the row's last place, which has no target anyway
+        last = (cu_seqlens[1:].to(torch.int64) - 1) % labels_BT.shape[1]
+        targets_BT = targets_BT.index_fill(1, last, IGNORE)
     elif mask_BT is not None:
         # padding to the left of a document doesn't predict its first token
         targets_BT = targets_BT.masked_fill(mask_BT[:, -labels_BT.shape[1] :] == 0, IGNORE)

@@ -41,6 +41,21 @@ class HybridPreTrainedModel(PreTrainedModel):
     # decays are exponentials of exponentials, and λ starts at 1e-9: too fine for 16 bits
     _keep_in_fp32_modules_strict = ("A_log", "dt_bias", "penalty_weight", "penalty_control.density")
 
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict | None = None, **others: object
+    ) -> None:
+        """As in transformers.
+
+        Raises:
+            ValueError: use_reentrant=True with a retention scorer, whose penalty would lose its gradient.
+        """
+        if self.config.has_scorer and (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError(
+                "gradient_checkpointing_kwargs: use_reentrant=True would drop the gradient of the retention penalty; "
+                "set it to False"
+            )
+        super().gradient_checkpointing_enable(gradient_checkpointing_kwargs, **others)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         std, embedding_std = self.config.initializer_range, self.config.embedding_range

@@ -125,6 +125,20 @@ def test_lifetimes_are_those_of_the_model(name, monkeypatch):
         assert lost.any(), "the budget must be at work"
 
 
+def test_a_learned_sink_stands_in_front():
+    model = small(sink_token="learnable")
+    found = inspect_text(model, make_tokenizer(), TEXT, limit=40, progress=False)
+    words = split_text(make_tokenizer(), TEXT, 40)
+    assert found.tokens.texts == ["[sink]", *words.texts]
+    assert found.tokens.special == [True, *words.special]
+    for record, map_ in zip(found.layers, found.maps, strict=True):
+        assert record.end_TH.shape == record.logits_TH.shape == (41, 2)
+        assert (record.end_TH[: found.sinks] >= 41).all()
+        assert map_.text_NRR.shape[-1] == 41
+    page = page_json(render(found, model="m", text="t", position=None))
+    assert page["tokens"][0] == "[sink]"
+
+
 def test_budget_and_hooks_leave_the_model_as_it_was():
     model, ids = small(), make_ids(1, 60)
     before = model(ids).logits

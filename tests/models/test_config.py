@@ -173,6 +173,8 @@ def test_sizes_of_lalte_04b():
     info = describe(config)
     assert info.cache_fixed == 12 * (attention + scorer + gdn)
     assert describe(config, batch=5).cache_fixed == 5 * info.cache_fixed
+    learnable = describe(make_config(sink_token="learnable"))
+    assert sum(learnable.parameters.values()) == learnable.total == describe(make_config()).total + 36
     assert (
         describe(load_config(FOLDER / "transformer-0.4b.json"), batch=3).cache_per_token == 3 * 24 * 2 * 16 * 64 * 2
     )

@@ -281,8 +281,9 @@ def loops_agree(model):
     return ids, ends
 
 
-def test_generate_is_that_of_transformers(no_graph):
-    model = make_model(**PAIR)
+@pytest.mark.parametrize("sink", ["none", "learnable"])
+def test_generate_is_that_of_transformers(no_graph, sink):
+    model = make_model(**PAIR, sink_token=sink)
     loops_agree(model)
     assert no_graph, "graphs were used"
 

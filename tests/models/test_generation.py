@@ -211,6 +211,8 @@ def test_fingerprint_tells_models_apart():
     assert fingerprint(make_model(seed=1)) != name
     assert fingerprint(make_model(rope_theta=5e4)) != name
     assert fingerprint(make_model(prefill_chunk=9)) == name
+    training = {"keep_all_steps": 7, "penalty_max": 0.5, "scorer_dropout": 0.3, "straight_through": "beyond_window"}
+    assert fingerprint(make_model(**training)) == name
     assert fingerprint(make_model().bfloat16()) != name
     with torch.no_grad():
         model.model.layers[3].mixer.scorer.out_bias += 0.5

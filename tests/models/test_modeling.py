@@ -8,10 +8,12 @@ from itertools import pairwise
 
 import pytest
 import torch
+from transformers import Trainer, TrainingArguments
 
 from lte.layout import Layout
 from models import HybridForCausalLM
 from models.attention import RetainedAttention
+from models.losses import shift_labels
 from models.ops import IGNORE
 from tests.op_modes import NoReading
 from tests.tiny_models import (
@@ -333,6 +335,29 @@ def test_gradient_checkpointing_changes_nothing(variant):
     assert all(torch.equal(counts[0], other) for other in counts)
 
 
+def test_checkpointing_that_would_lose_the_penalty_is_refused():
+    with pytest.raises(ValueError, match="use_reentrant=True"):
+        make_model().gradient_checkpointing_enable({"use_reentrant": True})
+    make_model("gdn").gradient_checkpointing_enable({"use_reentrant": True})
+
+
+@pytest.mark.parametrize("bounds", [[0, 0, 3, 6], [0, 3, 3, 6], [0, 3, 6, 6]])
+def test_empty_documents_lose_no_target(bounds):
+    targets = shift_labels(torch.arange(1, 7)[None], None, torch.tensor(bounds))
+    assert targets.tolist() == [[2, 3, -100, 5, 6, -100]]
+
+
+def test_the_trainer_of_transformers_evaluates(tmp_path):
+    model, ids = make_model(), make_ids(6, 20)
+    data = [{"input_ids": row, "labels": row} for row in ids]
+    args = TrainingArguments(tmp_path, per_device_eval_batch_size=3, report_to="none", use_cpu=True)
+    trainer = Trainer(model, args, eval_dataset=data)
+    with torch.no_grad():
+        expected = model(ids, labels=ids)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(float(expected.loss), rel=1e-5)
+    assert trainer.predict(data).predictions.shape == (6, 20, model.config.vocab_size)
+
+
 def test_keep_all_steps():
     """For the first steps nothing is dropped and the scorer rests; then the rule holds."""
     model = trainable(keep_all_steps=2)
@@ -544,10 +569,10 @@ def test_a_learned_sink_is_trained_and_kept(tmp_path):
 
 @torch.no_grad()
 def test_a_graph_wants_the_learned_sink_to_be_read():
-    from models.decode_step import unsupported
+    from models.decode_step import unread_sink
 
     model = make_model(sink_token="learnable")
     cache = model.new_cache(1)
-    assert "sink token has yet to be read" in unsupported(model, cache)
+    assert "sink token has yet to be read" in unread_sink(model, cache)
     model(make_ids(1, 1), past_key_values=cache)
-    assert unsupported(model, cache) is None
+    assert unread_sink(model, cache) is None
