@@ -7,7 +7,6 @@ Letters in shape suffixes: B batch, T query tokens, S keys, Q query heads, H KV 
 R = T·G rows (query token, head of the group), which is what a tile of queries consists of.
 """
 
-import contextlib
 import functools
 import math
 import os
@@ -32,6 +31,7 @@ from lte.kernels.columns import (
     row_offsets,
     tile_shift,
 )
+from lte.kernels.launch import next_power_of_2, on_device
 
 LOG2E = 1.4426950408889634
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -188,7 +188,7 @@ def _shared_bytes(device: int) -> int:
 def _choose_tiles(q: Tensor) -> Tiles:
     """The fixed table's entry for q's head_dim and dtype; one stage on devices with less shared memory."""
     table = SINGLE_TILES if q.dtype == torch.float32 else HALF_TILES
-    tiles = table[max(32, triton.next_power_of_2(q.shape[3]))]
+    tiles = table[max(32, next_power_of_2(q.shape[3]))]
     if q.is_cuda and _shared_bytes(q.device.index) < HOPPER_SHARED_BYTES:
         names = ("forward", "query", "key")
         tiles = replace(tiles, **{name: getattr(tiles, name)._replace(stages=1) for name in names})
@@ -196,30 +196,30 @@ def _choose_tiles(q: Tensor) -> Tiles:
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, end_NS: Tensor, sizes: Geometry, tile: Tile, plan: Schedule
-) -> tuple[Tensor, Tensor]:
-    """Output [B, T, Q, D] and the base-2 logarithm of each row's softmax sum, +inf where a row sees no key."""
-    heads = sizes.batch * sizes.heads
-    blocks = plan.plan_NQ5.shape[1]
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse_NR = torch.empty(heads, sizes.tokens * sizes.group, dtype=torch.float32, device=q.device)
-    _forward_kernel[(blocks * heads,)](
-        q, k, v, end_NS, plan.plan_NQ5, plan.columns_NPS, out, lse_NR,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        sizes.tokens, sizes.keys, sizes.offset, sizes.first, sizes.window,
-        blocks, *plan.columns_NPS.shape[1:], sizes.scale * LOG2E,
-        **sizes.constants(), ROWS=tile.rows, KEYS=tile.keys, SPAN=plan.span, HAS_COLUMNS=sizes.has_columns,
-        OFF_BY_ONE=sizes.off_by_one, **tile.options(),
-    )  # fmt: skip
-    return out, lse_NR
+    q: Tensor, k: Tensor, v: Tensor, end_NS: Tensor, sizes: Geometry, tiles: Tiles
+) -> tuple[Tensor, Tensor, Schedule]:
+    """Output [B, T, Q, D]; the base-2 logarithm of each row's softmax sum, +inf where a row sees no key; the plan."""
+    heads, tile = sizes.batch * sizes.heads, tiles.forward
+    with on_device(q):
+        plan = build_schedule(end_NS, sizes, tile, span_tokens=tiles.span_tokens, scan=tiles.scan)
+        blocks = plan.plan_NQ5.shape[1]
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        lse_NR = torch.empty(heads, sizes.tokens * sizes.group, dtype=torch.float32, device=q.device)
+        _forward_kernel[(blocks * heads,)](
+            q, k, v, end_NS, plan.plan_NQ5, plan.columns_NPS, out, lse_NR,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+            sizes.tokens, sizes.keys, sizes.offset, sizes.first, sizes.window,
+            blocks, *plan.columns_NPS.shape[1:], sizes.scale * LOG2E,
+            **sizes.constants(), ROWS=tile.rows, KEYS=tile.keys, SPAN=plan.span, HAS_COLUMNS=sizes.has_columns,
+            OFF_BY_ONE=sizes.off_by_one, **tile.options(),
+        )  # fmt: skip
+    return out, lse_NR, plan
 
 
 class _IntervalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, end_NS, logits_BSH, sizes, tiles):
-        with _on_device(q):
-            plan = build_schedule(end_NS, sizes, tiles.forward, span_tokens=tiles.span_tokens, scan=tiles.scan)
-            out, lse_NR = _forward(q, k, v, end_NS, sizes, tiles.forward, plan)
+        out, lse_NR, plan = _forward(q, k, v, end_NS, sizes, tiles)
         ctx.save_for_backward(q, k, v, out, lse_NR, end_NS, logits_BSH)
         ctx.sizes, ctx.tiles, ctx.plan = sizes, tiles, plan
         return out
@@ -229,7 +229,7 @@ class _IntervalAttention(torch.autograd.Function):
     def backward(ctx, do):
         q, k, v, out, lse_NR, end_NS, logits_BSH = ctx.saved_tensors
         tiles = ctx.tiles
-        with _on_device(q):
+        with on_device(q):
             dq, dk, dv, far_NS = attention_backward(
                 _unit_stride(do),
                 q,
@@ -252,11 +252,6 @@ class _IntervalAttention(torch.autograd.Function):
             far_BSH = far_NS.view(-1, ctx.sizes.heads, ctx.sizes.keys).transpose(1, 2)
             dlogits = (far_BSH * r_BSH * (1 - r_BSH)).to(logits_BSH.dtype)
         return dq, dk, dv, None, dlogits, None, None
-
-
-def _on_device(x: Tensor) -> contextlib.AbstractContextManager:
-    """Kernels are launched on the current device: make it x's."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def _unit_stride(x: Tensor) -> Tensor:
@@ -324,4 +319,7 @@ def interval_attention(
     )
     end_NS = end.transpose(1, 2).contiguous().view(batch * heads, keys)
     q, k, v = (_unit_stride(x) for x in (q, k, v))
-    return _IntervalAttention.apply(q, k, v, end_NS, logits, sizes, tiles or _choose_tiles(q))
+    tiles = tiles or _choose_tiles(q)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, logits) if x is not None):
+        return _IntervalAttention.apply(q, k, v, end_NS, logits, sizes, tiles)
+    return _forward(q, k, v, end_NS, sizes, tiles)[0]

@@ -31,6 +31,7 @@ from lte.kernels.columns import (
     row_offsets,
     tile_shift,
 )
+from lte.kernels.launch import ceil_div
 
 LOG2E = 1.4426950408889634
 MAX_WORKERS = tl.constexpr(16)
@@ -356,8 +357,8 @@ def attention_backward(
     )  # fmt: skip
 
     width = key_tile.keys
-    tiles = triton.cdiv(sizes.keys + -sizes.offset % width, width)
-    column_tiles = triton.cdiv(sizes.keys, width)
+    tiles = ceil_div(sizes.keys + -sizes.offset % width, width)
+    column_tiles = ceil_div(sizes.keys, width)
     slots = max(column_tiles // 2, 1)
     numbers = (*border, tiles, slots, *scales, heads)
     options = dict(sizes.constants(), ROWS=key_tile.rows, KEYS=width, FAR=with_far, **key_tile.options())

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lte.kernels.launch import ceil_div, next_power_of_2
+
 BIG = tl.constexpr(2**31 - 1)
 
 
@@ -59,7 +61,7 @@ class Geometry:
 
     def constants(self) -> dict[str, int | str]:
         """Compile-time arguments that all attention kernels share."""
-        pad_dim = max(16, triton.next_power_of_2(self.dim))
+        pad_dim = max(16, next_power_of_2(self.dim))
         precision = "ieee" if self.single else "tf32"  # only read for float32 operands
         return dict(HEADS=self.heads, GROUP=self.group, DIM=self.dim, PAD_DIM=pad_dim, PRECISION=precision)
 
@@ -336,10 +338,10 @@ def build_schedule(end_NS: Tensor, sizes: Geometry, tile: Tile, *, span_tokens: 
     memory than k and v do in bfloat16. `scan` is the number of keys looked at in one step.
     """
     columns = list_columns(end_NS, sizes, tile.keys, scan=scan) if sizes.has_columns else None
-    blocks = triton.cdiv(sizes.tokens * sizes.group, tile.rows)
-    wanted = max(triton.cdiv(span_tokens * sizes.group, tile.rows), triton.cdiv(blocks, sizes.dim))
-    span = triton.next_power_of_2(wanted)
-    spans = triton.cdiv(blocks, span)
+    blocks = ceil_div(sizes.tokens * sizes.group, tile.rows)
+    wanted = max(ceil_div(span_tokens * sizes.group, tile.rows), ceil_div(blocks, sizes.dim))
+    span = next_power_of_2(wanted)
+    spans = ceil_div(blocks, span)
     heads, capacity = end_NS.shape[0], sizes.keys if sizes.has_columns else 1
     plan_NQ5 = torch.empty(heads, blocks, 5, dtype=torch.int32, device=end_NS.device)
     columns_NPS = torch.empty(heads, spans, capacity, dtype=torch.int32, device=end_NS.device)
@@ -356,7 +358,7 @@ def build_schedule(end_NS: Tensor, sizes: Geometry, tile: Tile, *, span_tokens: 
 
 def _key_tiles(sizes: Geometry, width: int) -> int:
     """Tiles of `width` keys."""
-    return triton.cdiv(sizes.keys + -sizes.offset % width, width)
+    return ceil_div(sizes.keys + -sizes.offset % width, width)
 
 
 def list_columns(end_NS: Tensor, sizes: Geometry, width: int, *, scan: int) -> Columns:
@@ -365,7 +367,7 @@ def list_columns(end_NS: Tensor, sizes: Geometry, width: int, *, scan: int) -> C
     columns_NS = torch.empty(heads, sizes.keys, dtype=torch.int32, device=end_NS.device)
     prefix_NK1 = torch.empty(heads, tiles + 1, dtype=torch.int32, device=end_NS.device)
     at_once = max(1, scan // width)
-    _columns_kernel[(triton.cdiv(tiles, at_once), heads)](
+    _columns_kernel[(ceil_div(tiles, at_once), heads)](
         end_NS, columns_NS, prefix_NK1,
         sizes.keys, sizes.offset, sizes.first, sizes.window, tiles,
         KEYS=width, SCAN=at_once, num_warps=8,

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lte.kernels.best_keys import compact, cut_at, held_at_boundaries, key_number, list_at, load_pool, make_key
-from lte.kernels.launch import on_device
+from lte.kernels.launch import ceil_div, next_power_of_2, on_device
 from lte.layout import Layout
 
 # most tokens that the pool of a program holds beside those that arrive
@@ -261,10 +261,10 @@ def evict(
     rows, tokens = keys_NK.shape[0], keys_NK.shape[1] - held
     tiles = tiles or Tiles()
     assert bits <= 30, "more tokens than keys can tell apart"
-    pad = triton.next_power_of_2(budget)
+    pad = next_power_of_2(budget)
     pool = max(tiles.pool, 2 * pad)
     arrivals = tokens if bounds is not None else tokens - window
-    blocks = triton.cdiv(arrivals, tiles.block) + (places_NK is not None)
+    blocks = ceil_div(arrivals, tiles.block) + (places_NK is not None)
     device = keys_NK.device
     work = torch.empty(rows, blocks, pad + 2 * tiles.block, dtype=torch.int64, device=device)
     lists = work
@@ -278,7 +278,7 @@ def evict(
             keys_NK, lists, work, end_BHS, keys_NK if places_NK is None else places_NK,
             *(bounds or (None, None)), lengths, held, tokens, budget, bits, window, shift, lists.shape[1],
             end_BHS.stride(0), end_BHS.stride(1), HEADS=end_BHS.shape[1], PLACED=places_NK is not None,
-            BLOCK=tiles.block, BOTH=triton.next_power_of_2(pad + tiles.block), ROWS=min(16, tiles.block),
+            BLOCK=tiles.block, BOTH=next_power_of_2(pad + tiles.block), ROWS=min(16, tiles.block),
             COLUMNS=min(256, tiles.block), **constants,
         )  # fmt: skip
     return work
@@ -312,9 +312,9 @@ def retained_ends(
     bits = length.bit_length()
     block = 64
     with on_device(logits):
-        _keys_kernel[(triton.cdiv(length, block), batch)](
+        _keys_kernel[(ceil_div(length, block), batch)](
             logits.detach(), keys_NT, end_BHT, *(bounds or (None, None)), lengths, length, window, sinks, bits,
-            *logits.stride(), HEADS=heads, PAD_HEADS=triton.next_power_of_2(heads), LIMITED=limited,
+            *logits.stride(), HEADS=heads, PAD_HEADS=next_power_of_2(heads), LIMITED=limited,
             PACKED=layout.is_packed, BLOCK=block, num_warps=4,
         )  # fmt: skip
     if limited:

@@ -39,4 +39,16 @@ def launch_options(overlap: bool, *, warps: int, stages: int = 2) -> dict[str, i
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager:
     """Kernels are launched on the current device: make it x's."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return contextlib.nullcontext()
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b rounded up, for integers on the host: Triton's own function takes microseconds there."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of 2 that is at least n >= 1, on the host as `ceil_div`."""
+    return 1 << (n - 1).bit_length()
