@@ -90,7 +90,8 @@ class TrainConfig:
 
     steps: optimizer steps. precision: fp32, or bf16 (mixed precision, weights stay float32). device: auto, cpu, cuda.
     output: the run's folder. resume: auto goes on from the newest whole checkpoint in it, never starts anew (and
-    wants an empty folder), a path goes on from that checkpoint.
+    wants an empty folder), a path goes on from that checkpoint, whose run must have had this configuration (compared
+    if its config.yaml lies beside the checkpoint).
     compile: torch.compile. gradient_checkpointing: recompute blocks in the backward pass. fsdp: shard the model over
     the ranks that torchrun started (FSDP2), instead of copying it to each.
     """

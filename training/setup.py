@@ -53,7 +53,8 @@ def split_batch(config: TrainConfig, world: int) -> tuple[int, int]:
 def resume_point(config: TrainConfig, output: Path) -> Path | None:
     """The checkpoint to continue from; None to start from scratch.
 
-    Raises: ValueError if the folder belongs to another configuration, or no whole checkpoint can be used.
+    Raises: ValueError if the folder, or that of the checkpoint, belongs to another configuration, or no whole
+    checkpoint can be used.
     """
     if output.exists() and not output.is_dir():
         raise ValueError(f"output={config.output!r} is a file: name a folder")
@@ -65,13 +66,7 @@ def resume_point(config: TrainConfig, output: Path) -> Path | None:
         )
     if own and not saved.is_file():
         raise ValueError(f"output={config.output!r} holds a model but no config.yaml: name another output folder")
-    if saved.is_file():
-        differs = difference(saved, config)
-        if differs is not None:
-            raise ValueError(
-                f"output={config.output!r} holds a run with another configuration: {differs}; set it back to "
-                "continue that run, or name another output folder"
-            )
+    _check_same(saved, config, f"output={config.output!r} holds", "name another output folder")
     if config.resume in ("auto", "never"):
         return checkpoints.newest(output)
     folder = Path(config.resume).expanduser()
@@ -81,7 +76,19 @@ def resume_point(config: TrainConfig, output: Path) -> Path | None:
             f"resume={config.resume!r} can't be continued: {wrong}; use auto, never or a whole checkpoint"
         )
     checkpoints.step_of(folder)
+    # the optimizer's state carries learning rate and weight decay, and the model's what is left of keep_all_steps
+    instead = "start a new run from a saved model (model.weights)"
+    _check_same(folder.parent / "config.yaml", config, f"resume={config.resume!r} belongs to", instead)
     return folder
+
+
+def _check_same(saved: Path, config: TrainConfig, what: str, instead: str) -> None:
+    """Raises: ValueError if the run's configuration in `saved`, if there is one, isn't the one to go on with."""
+    differs = difference(saved, config) if saved.is_file() else None
+    if differs is not None:
+        raise ValueError(
+            f"{what} a run with another configuration: {differs}; set it back to continue that run, or {instead}"
+        )
 
 
 def is_finished(config: TrainConfig, output: Path, resume: Path) -> bool:

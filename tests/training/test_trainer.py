@@ -234,13 +234,31 @@ def test_folder_of_another_run(folder):
     ):
         train(config)
     weights.write_bytes(whole)
-    # a checkpoint of another model, named by hand
-    change = ["steps=4", f"output={folder}/new", f"resume={run}/checkpoint-4", "model.overrides.hidden_size=48"]
-    with pytest.raises(ValueError, match=r"can't be continued: its weight .* has shape .*, the model's"):
-        train(configured(folder, *change))
     (run / "config.yaml").unlink()
     with pytest.raises(ValueError, match=r"holds a model but no config\.yaml"):
         train(config)
+    # a checkpoint of another model, named by hand, with no configuration to compare
+    change = ["steps=4", f"output={folder}/new", f"resume={run}/checkpoint-4", "model.overrides.hidden_size=48"]
+    with pytest.raises(ValueError, match=r"can't be continued: its weight .* has shape .*, the model's"):
+        train(configured(folder, *change))
+
+
+def test_a_checkpoint_goes_on_in_another_folder_only_as_configured(folder):
+    """Otherwise the optimizer's old learning rate would go on beside the data of another seed."""
+    run = train(configured(folder, "steps=6"))
+    there = ["steps=6", f"output={folder}/new", f"resume={run}/checkpoint-4"]
+    for change, differs in (
+        ("optimizer.lr=1e-3", r"optimizer\.lr \(there 0\.003, now 0\.001\)"),
+        ("optimizer.weight_decay=0.2", r"optimizer\.weight_decay \(there 0\.1, now 0\.2\)"),
+        ("seed=1", r"seed \(there 0, now 1\)"),
+        ("model.overrides.keep_all_steps=9", r"model\.overrides\.keep_all_steps \(there None, now 9\)"),
+    ):
+        with pytest.raises(ValueError, match=r"^resume='.*' belongs to a run with another configuration: " + differs):
+            train(configured(folder, *there, change))
+    assert not (folder / "new").exists()
+    train(configured(folder, *there, "checkpoint.every=1", "log.tensorboard=true"))
+    (run / "log.jsonl").write_text("".join((run / "log.jsonl").read_text().splitlines(keepends=True)[4:]))
+    assert_same_run(folder / "new", run)
 
 
 def test_newest_whole_checkpoint_is_taken(tmp_path):
