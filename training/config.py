@@ -63,7 +63,10 @@ class BatchConfig:
 
 @dataclass
 class CheckpointConfig:
-    """every: optimizer steps between checkpoints (one is always written at the end). keep: newest ones that stay."""
+    """every: optimizer steps between checkpoints (one is always written at the end).
+
+    keep: newest whole ones that stay, up to the one just written; damaged ones go.
+    """
 
     every: int = 500
     keep: int = 2

@@ -262,11 +262,7 @@ def test_a_checkpoint_goes_on_in_another_folder_only_as_configured(folder):
 
 
 def test_newest_whole_checkpoint_is_taken(tmp_path):
-    for step in (5, 20, 100):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        (folder / "a").write_text("x" * step)
-        checkpoints.seal(folder)
+    make_checkpoints(tmp_path, 5, 20, 100)
     assert checkpoints.newest(tmp_path).name == "checkpoint-100"
     (tmp_path / "checkpoint-100" / "a").unlink()
     with pytest.warns(UserWarning, match="a is missing"):
@@ -274,8 +270,54 @@ def test_newest_whole_checkpoint_is_taken(tmp_path):
     (tmp_path / "checkpoint-20" / checkpoints.SEAL).unlink()
     with pytest.warns(UserWarning, match="a is missing|not written by this program, or not to its end"):
         assert checkpoints.newest(tmp_path).name == "checkpoint-5"
-    checkpoints.rotate(tmp_path, 1)
-    assert [p.name for p in checkpoints.checkpoints(tmp_path)] == ["checkpoint-100"]
+
+
+def make_checkpoints(output: Path, *steps: int) -> None:
+    for step in steps:
+        folder = output / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "a").write_text("x" * step)
+        checkpoints.seal(folder)
+
+
+@pytest.mark.parametrize(
+    ("whole", "damaged", "keep", "step", "left"),
+    [
+        ([4, 8, 12], [], 2, 12, [8, 12]),
+        ([4, 8], [], 3, 8, [4, 8]),
+        # gone on from an older one: what is newer doesn't count
+        ([500, 600, 1000, 1500], [], 2, 600, [500, 600, 1000, 1500]),
+        ([500, 600, 700, 1000, 1500], [], 2, 700, [600, 700, 1000, 1500]),
+        ([8, 9], [12], 1, 9, [9]),
+        # damaged ones take no place of a whole one
+        ([3, 9, 11], [8, 10], 2, 11, [9, 11]),
+    ],
+)
+def test_rotation_keeps_the_newest_whole_ones(tmp_path, whole, damaged, keep, step, left):
+    make_checkpoints(tmp_path, *whole, *damaged)
+    for bad in damaged:
+        (tmp_path / f"checkpoint-{bad}" / "a").write_text("")
+    checkpoints.rotate(tmp_path, keep, step)
+    assert [checkpoints.step_of(p) for p in checkpoints.checkpoints(tmp_path)] == left
+
+
+def test_what_was_just_saved_outlives_a_damaged_newer_one(folder, monkeypatch):
+    run = train(configured(folder, "steps=6"))
+    (run / "checkpoint-6" / "model.safetensors").write_bytes(b"")
+    write = checkpoints.write_progress
+
+    def full_at_the_end(path, *more):
+        if path.name == "checkpoint-6":
+            raise OSError("no space left")
+        write(path, *more)
+
+    monkeypatch.setattr(checkpoints, "write_progress", full_at_the_end)
+    with (
+        pytest.warns(UserWarning, match="checkpoint-6 is passed over"),
+        pytest.raises(CheckpointError, match="checkpoint-5 is whole and stays"),
+    ):
+        train(configured(folder, "steps=6", "checkpoint={every: 1, keep: 1}"))
+    assert [p.name for p in checkpoints.checkpoints(run)] == ["checkpoint-5"]
 
 
 @pytest.mark.parametrize(
