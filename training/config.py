@@ -20,7 +20,8 @@ class ModelSection:
     """The model to train.
 
     config: a model configuration file (JSON). overrides: changes to it, for example {vocab_size: 4096}.
-    weights: folder of a saved model to start from; null starts from scratch.
+    weights: folder of a saved model to start from; null starts from scratch. Weights alone are taken: the λ control
+    (λ, kept densities, the steps that count towards keep_all_steps) starts anew, as the optimizer does.
     The length trained on, data.sequence_length, becomes max_position_embeddings (the target density follows from
     it) unless overrides names another.
     """

@@ -111,7 +111,10 @@ def model_config(config: TrainConfig) -> Any:
 
 
 def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A `HybridForCausalLM` with fresh weights, or those of `model.weights`; special ids are the tokenizer's."""
+    """A `HybridForCausalLM` with fresh weights, or those of `model.weights`; special ids are the tokenizer's.
+
+    The λ control starts anew in both cases. Raises: ValueError if `model.weights` holds no model.
+    """
     from models import HybridForCausalLM
 
     settings = model_config(config)
@@ -122,7 +125,11 @@ def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
     folder = Path(config.model.weights).expanduser()
     if not (folder / "config.json").is_file():
         raise ValueError(f"model.weights={config.model.weights!r} holds no model: name a folder with config.json")
-    return HybridForCausalLM.from_pretrained(folder, config=settings, dtype=torch.float32)
+    model = HybridForCausalLM.from_pretrained(folder, config=settings, dtype=torch.float32)
+    if model.penalty_control is not None:
+        # its count of steps would end keep_all_steps at once; a run that goes on reads its own from its checkpoint
+        model.penalty_control.reset_parameters()
+    return model
 
 
 def make_tokenizer(config: TrainConfig, output: Path, save: bool) -> PreTrainedTokenizerBase:

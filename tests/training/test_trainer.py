@@ -368,6 +368,33 @@ def test_trained_tokenizer_and_start_from_weights(folder):
     torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-9)
 
 
+def test_control_starts_anew_with_weights_of_another_run(folder, tokenizer):
+    """λ, densities and the steps that count towards keep_all_steps are the old run's, and stay with it."""
+    old = setup.build_model(configured(folder), tokenizer)
+    old.penalty_control.steps.fill_(70)
+    old.penalty_control.density.fill_(0.3)
+    old.penalty_control.penalty_weight.fill_(0.5)
+    old.save_pretrained(folder / "old")
+    changes = [f"model.weights={folder}/old", "model.overrides.keep_all_steps=3"]
+    new = setup.build_model(configured(folder, *changes), tokenizer).train()
+    assert all(torch.equal(x, dict(old.named_parameters())[name]) for name, x in new.named_parameters())
+    control = new.penalty_control
+    assert (int(control.steps), control.penalty_weight.max(), control.density.max()) == (0, 0.0, -1.0)
+    ids = torch.arange(40)[None]
+    for step in range(4):
+        assert (new(ids, labels=ids).aux_loss is None) == (step < 3), "nothing is scored while all is kept"
+        new.update_retention_penalty()
+
+
+def test_weights_of_a_model_without_scorer(folder, tokenizer):
+    plain = "model.overrides={retention: none, budget: 0}"
+    old = setup.build_model(configured(folder, plain), tokenizer)
+    old.save_pretrained(folder / "old")
+    new = setup.build_model(configured(folder, plain, f"model.weights={folder}/old"), tokenizer)
+    assert new.penalty_control is None
+    assert torch.equal(new.lm_head.weight, old.lm_head.weight)
+
+
 def test_workers_prepare_the_same_batches(folder):
     text = (folder / "run.yaml").read_text().replace(", streaming: true", "")
     (folder / "run.yaml").write_text(text)
