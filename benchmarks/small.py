@@ -231,8 +231,11 @@ def collect(runs: Path, out: Path, overwrite: bool) -> dict[str, Path]:
 
 
 def split_label(label: str) -> tuple[str, str]:
-    """(member, change) of `NAME.EVALUATION`; the change is `budget-32`, `policy-h2o` or empty."""
-    member, _, evaluation = label.partition(".")
+    """(member, change) of `NAME.EVALUATION`; the change is `budget-32`, `policy-h2o` or empty.
+
+    NAME may have dots (lalte-0.4b), EVALUATION has none.
+    """
+    member, _, evaluation = label.rpartition(".")
     changed = evaluation.startswith((BUDGET, POLICY))
     return member, "-".join(evaluation.split("-")[:2]) if changed else ""
 

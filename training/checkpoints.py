@@ -102,9 +102,15 @@ def newest(output: Path) -> Path | None:
     return None
 
 
-def rotate(output: Path, keep: int) -> None:
-    """Delete all but the `keep` newest checkpoints."""
-    for folder in checkpoints(output)[:-keep]:
+def rotate(output: Path, keep: int, step: int) -> None:
+    """After checkpoint-`step` was saved: delete damaged ones, then whole ones but the `keep` newest up to `step`.
+
+    Newer whole ones, left where a run went on from an older one, neither count nor go until it reaches their step.
+    """
+    others = [folder for folder in checkpoints(output) if step_of(folder) != step]
+    damaged = [folder for folder in others if defect(folder) is not None]
+    older = [folder for folder in others if folder not in damaged and step_of(folder) < step]
+    for folder in damaged + older[: max(0, len(older) - (keep - 1))]:
         shutil.rmtree(folder)
 
 

@@ -20,7 +20,8 @@ class ModelSection:
     """The model to train.
 
     config: a model configuration file (JSON). overrides: changes to it, for example {vocab_size: 4096}.
-    weights: folder of a saved model to start from; null starts from scratch.
+    weights: folder of a saved model to start from; null starts from scratch. Weights alone are taken: the λ control
+    (λ, kept densities, the steps that count towards keep_all_steps) starts anew, as the optimizer does.
     The length trained on, data.sequence_length, becomes max_position_embeddings (the target density follows from
     it) unless overrides names another.
     """
@@ -63,7 +64,10 @@ class BatchConfig:
 
 @dataclass
 class CheckpointConfig:
-    """every: optimizer steps between checkpoints (one is always written at the end). keep: newest ones that stay."""
+    """every: optimizer steps between checkpoints (one is always written at the end).
+
+    keep: newest whole ones that stay, up to the one just written; damaged ones go.
+    """
 
     every: int = 500
     keep: int = 2
@@ -90,7 +94,8 @@ class TrainConfig:
 
     steps: optimizer steps. precision: fp32, or bf16 (mixed precision, weights stay float32). device: auto, cpu, cuda.
     output: the run's folder. resume: auto goes on from the newest whole checkpoint in it, never starts anew (and
-    wants an empty folder), a path goes on from that checkpoint.
+    wants an empty folder), a path goes on from that checkpoint, whose run must have had this configuration (compared
+    if its config.yaml lies beside the checkpoint).
     compile: torch.compile. gradient_checkpointing: recompute blocks in the backward pass. fsdp: shard the model over
     the ranks that torchrun started (FSDP2), instead of copying it to each.
     """

@@ -26,7 +26,7 @@ class SavingTrainer(Trainer):
     (`check_finite`).
     """
 
-    keep: int  # newest checkpoints that stay
+    keep: int  # newest whole checkpoints that stay
     saving: Path | None = None
 
     def progress(self) -> dict[str, Any]:
@@ -56,7 +56,7 @@ class SavingTrainer(Trainer):
             if self.args.should_save:
                 checkpoints.seal(folder)
                 checkpoints.publish(folder, output / folder.name)
-                checkpoints.rotate(output, self.keep)
+                checkpoints.rotate(output, self.keep, step)
         except Exception as error:
             raise save_failed(error, output / folder.name) from error
         finally:

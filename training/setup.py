@@ -53,7 +53,8 @@ def split_batch(config: TrainConfig, world: int) -> tuple[int, int]:
 def resume_point(config: TrainConfig, output: Path) -> Path | None:
     """The checkpoint to continue from; None to start from scratch.
 
-    Raises: ValueError if the folder belongs to another configuration, or no whole checkpoint can be used.
+    Raises: ValueError if the folder, or that of the checkpoint, belongs to another configuration, or no whole
+    checkpoint can be used.
     """
     if output.exists() and not output.is_dir():
         raise ValueError(f"output={config.output!r} is a file: name a folder")
@@ -65,13 +66,7 @@ def resume_point(config: TrainConfig, output: Path) -> Path | None:
         )
     if own and not saved.is_file():
         raise ValueError(f"output={config.output!r} holds a model but no config.yaml: name another output folder")
-    if saved.is_file():
-        differs = difference(saved, config)
-        if differs is not None:
-            raise ValueError(
-                f"output={config.output!r} holds a run with another configuration: {differs}; set it back to "
-                "continue that run, or name another output folder"
-            )
+    _check_same(saved, config, f"output={config.output!r} holds", "name another output folder")
     if config.resume in ("auto", "never"):
         return checkpoints.newest(output)
     folder = Path(config.resume).expanduser()
@@ -81,7 +76,19 @@ def resume_point(config: TrainConfig, output: Path) -> Path | None:
             f"resume={config.resume!r} can't be continued: {wrong}; use auto, never or a whole checkpoint"
         )
     checkpoints.step_of(folder)
+    # the optimizer's state carries learning rate and weight decay, and the model's what is left of keep_all_steps
+    instead = "start a new run from a saved model (model.weights)"
+    _check_same(folder.parent / "config.yaml", config, f"resume={config.resume!r} belongs to", instead)
     return folder
+
+
+def _check_same(saved: Path, config: TrainConfig, what: str, instead: str) -> None:
+    """Raises: ValueError if the run's configuration in `saved`, if there is one, isn't the one to go on with."""
+    differs = difference(saved, config) if saved.is_file() else None
+    if differs is not None:
+        raise ValueError(
+            f"{what} a run with another configuration: {differs}; set it back to continue that run, or {instead}"
+        )
 
 
 def is_finished(config: TrainConfig, output: Path, resume: Path) -> bool:
@@ -104,7 +111,10 @@ def model_config(config: TrainConfig) -> Any:
 
 
 def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A `HybridForCausalLM` with fresh weights, or those of `model.weights`; special ids are the tokenizer's."""
+    """A `HybridForCausalLM` with fresh weights, or those of `model.weights`; special ids are the tokenizer's.
+
+    The λ control starts anew in both cases. Raises: ValueError if `model.weights` holds no model.
+    """
     from models import HybridForCausalLM
 
     settings = model_config(config)
@@ -115,7 +125,11 @@ def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
     folder = Path(config.model.weights).expanduser()
     if not (folder / "config.json").is_file():
         raise ValueError(f"model.weights={config.model.weights!r} holds no model: name a folder with config.json")
-    return HybridForCausalLM.from_pretrained(folder, config=settings, dtype=torch.float32)
+    model = HybridForCausalLM.from_pretrained(folder, config=settings, dtype=torch.float32)
+    if model.penalty_control is not None:
+        # its count of steps would end keep_all_steps at once; a run that goes on reads its own from its checkpoint
+        model.penalty_control.reset_parameters()
+    return model
 
 
 def make_tokenizer(config: TrainConfig, output: Path, save: bool) -> PreTrainedTokenizerBase:

@@ -97,7 +97,8 @@ def test_a_model_is_evaluated_by_one_line(tokenizer, tmp_path, capsys):
 
 
 def test_members_stand_beside_budget_zero(tmp_path):
-    for name, evaluation, value in (("a", "niah-lines", 0.9), ("a", "budget-0-niah-lines", 0.2), ("b", "squad", 0.5)):
+    a = "a-0.4b"
+    for name, evaluation, value in ((a, "niah-lines", 0.9), (a, "budget-0-niah-lines", 0.2), ("b", "squad", 0.5)):
         rows = [row("niah_single_1 L512", "x", "accuracy", value, value - 0.1, value + 0.1, 50)]
         found = result("niah" if "niah" in evaluation else "evaporate", rows, config={"budget": 0}, device="cpu")
         write_json(tmp_path / "runs" / name / evaluation / "result.json", found)
@@ -105,9 +106,16 @@ def test_members_stand_beside_budget_zero(tmp_path):
     with pytest.raises(ValueError, match="exists already"):
         small.table(tmp_path / "runs", tmp_path / "out", overwrite=False)
     small.table(tmp_path / "runs", tmp_path / "out", overwrite=True)
-    assert "| a | a-budget-0 | best |" in (tmp_path / "out" / "members" / "table.md").read_text()
+    assert "| a-0.4b | a-0.4b-budget-0 | best |" in (tmp_path / "out" / "members" / "table.md").read_text()
     assert not list((tmp_path / "out" / "memory").glob("memory-*")), "a logarithmic axis has no 0"
     assert not (tmp_path / "out" / "kept.md").exists()
+
+
+@pytest.mark.parametrize("member", ["lalte", "lalte-0.4b", "v1.2.rc"])
+def test_a_member_may_have_dots_in_its_name(member):
+    assert small.split_label(f"{member}.niah-lines") == (member, "")
+    assert small.split_label(f"{member}.budget-32-niah-lines") == (member, "budget-32")
+    assert small.split_label(f"{member}.policy-key_norm-niah-essays") == (member, "policy-key_norm")
 
 
 def test_what_is_missing_is_named(tmp_path, capsys):

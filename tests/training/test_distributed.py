@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -155,7 +156,9 @@ def test_shards_hold_every_tensor_once(folder):
 
 
 def test_steps_of_another_size_are_refused(folder):
-    changes = [f"output={folder}/refused", f"resume={folder}/one/checkpoint-10", "batch.tokens_per_step=null"]
+    # a checkpoint without its run's configuration
+    alone = shutil.copytree(folder / "one" / "checkpoint-10", folder / "alone" / "checkpoint-10")
+    changes = [f"output={folder}/refused", f"resume={alone}", "batch.tokens_per_step=null"]
     with pytest.raises(ValueError, match=r"made with \[8, 4\] rows a step \(by stage\), now they are \[6, 3\]"):
         train(load_config(folder / "run.yaml", [*changes, "batch.sequences=3"]))
     with pytest.raises(ValueError, match=r"read its streams in 2 lanes, now there are 4"):

@@ -1,6 +1,7 @@
 """The recipes of the first results: one recipe for all members, and a wording that the evaluation never uses."""
 
 import re
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -126,3 +127,26 @@ def test_every_stage_gives_rows(texts, tmp_path):
             row = maker.row(1)
             assert len(row.tokens) == stage.sequence_length
             assert len(tokenizer.decode(row.tokens[: row.ends[0]])) > 100
+
+
+def test_commands_of_the_design_use_a_tokenizer_that_they_trained():
+    """The first command of each size trains one, and all others read it, each into a folder of its own."""
+    text = (ROOT / "results" / "small" / "README.md").read_text()
+    blocks = [block for block in re.findall(r"```\n(.*?)```", text, re.DOTALL) if "lalte train" in block]
+    small, nano = sorted(blocks, key=lambda block: "nano" in block)
+    data = next(line for line in small.splitlines() if line.startswith("DATA="))
+    for block, prefix, runs in ((small, "", len(MEMBERS) + 2), (nano, "nano-", 3 * len(MEMBERS))):
+        # the command prints its arguments, each ended by a zero byte
+        script = f"set -eu; lalte() {{ printf '%s\\0' \"$@\" ''; }}\n{data}\n{block}"
+        done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+        commands = [command.split("\0") for command in done.stdout.split("\0\0")[:-1]]
+        stems = {Path(file).stem.removesuffix("-plain") for _, file, *_ in commands}
+        assert (len(commands), stems) == (runs, {prefix + member for member in MEMBERS})
+        given = [dict(change.split("=", 1) for change in changes) for _, _, *changes in commands]
+        assert len({change["output"] for change in given}) == runs
+        trained = f"{given[0]['output']}/tokenizer"
+        for number, (_, file, *changes) in enumerate(commands):
+            if number < 2 or "plain" in file:  # to read every one takes seconds
+                assert load_config(ROOT / file, changes).tokenizer.path == (trained if number else None)
+            else:
+                assert given[number]["tokenizer.path"] == trained

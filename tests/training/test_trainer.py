@@ -234,21 +234,35 @@ def test_folder_of_another_run(folder):
     ):
         train(config)
     weights.write_bytes(whole)
-    # a checkpoint of another model, named by hand
-    change = ["steps=4", f"output={folder}/new", f"resume={run}/checkpoint-4", "model.overrides.hidden_size=48"]
-    with pytest.raises(ValueError, match=r"can't be continued: its weight .* has shape .*, the model's"):
-        train(configured(folder, *change))
     (run / "config.yaml").unlink()
     with pytest.raises(ValueError, match=r"holds a model but no config\.yaml"):
         train(config)
+    # a checkpoint of another model, named by hand, with no configuration to compare
+    change = ["steps=4", f"output={folder}/new", f"resume={run}/checkpoint-4", "model.overrides.hidden_size=48"]
+    with pytest.raises(ValueError, match=r"can't be continued: its weight .* has shape .*, the model's"):
+        train(configured(folder, *change))
+
+
+def test_a_checkpoint_goes_on_in_another_folder_only_as_configured(folder):
+    """Otherwise the optimizer's old learning rate would go on beside the data of another seed."""
+    run = train(configured(folder, "steps=6"))
+    there = ["steps=6", f"output={folder}/new", f"resume={run}/checkpoint-4"]
+    for change, differs in (
+        ("optimizer.lr=1e-3", r"optimizer\.lr \(there 0\.003, now 0\.001\)"),
+        ("optimizer.weight_decay=0.2", r"optimizer\.weight_decay \(there 0\.1, now 0\.2\)"),
+        ("seed=1", r"seed \(there 0, now 1\)"),
+        ("model.overrides.keep_all_steps=9", r"model\.overrides\.keep_all_steps \(there None, now 9\)"),
+    ):
+        with pytest.raises(ValueError, match=r"^resume='.*' belongs to a run with another configuration: " + differs):
+            train(configured(folder, *there, change))
+    assert not (folder / "new").exists()
+    train(configured(folder, *there, "checkpoint.every=1", "log.tensorboard=true"))
+    (run / "log.jsonl").write_text("".join((run / "log.jsonl").read_text().splitlines(keepends=True)[4:]))
+    assert_same_run(folder / "new", run)
 
 
 def test_newest_whole_checkpoint_is_taken(tmp_path):
-    for step in (5, 20, 100):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        (folder / "a").write_text("x" * step)
-        checkpoints.seal(folder)
+    make_checkpoints(tmp_path, 5, 20, 100)
     assert checkpoints.newest(tmp_path).name == "checkpoint-100"
     (tmp_path / "checkpoint-100" / "a").unlink()
     with pytest.warns(UserWarning, match="a is missing"):
@@ -256,8 +270,54 @@ def test_newest_whole_checkpoint_is_taken(tmp_path):
     (tmp_path / "checkpoint-20" / checkpoints.SEAL).unlink()
     with pytest.warns(UserWarning, match="a is missing|not written by this program, or not to its end"):
         assert checkpoints.newest(tmp_path).name == "checkpoint-5"
-    checkpoints.rotate(tmp_path, 1)
-    assert [p.name for p in checkpoints.checkpoints(tmp_path)] == ["checkpoint-100"]
+
+
+def make_checkpoints(output: Path, *steps: int) -> None:
+    for step in steps:
+        folder = output / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "a").write_text("x" * step)
+        checkpoints.seal(folder)
+
+
+@pytest.mark.parametrize(
+    ("whole", "damaged", "keep", "step", "left"),
+    [
+        ([4, 8, 12], [], 2, 12, [8, 12]),
+        ([4, 8], [], 3, 8, [4, 8]),
+        # gone on from an older one: what is newer doesn't count
+        ([500, 600, 1000, 1500], [], 2, 600, [500, 600, 1000, 1500]),
+        ([500, 600, 700, 1000, 1500], [], 2, 700, [600, 700, 1000, 1500]),
+        ([8, 9], [12], 1, 9, [9]),
+        # damaged ones take no place of a whole one
+        ([3, 9, 11], [8, 10], 2, 11, [9, 11]),
+    ],
+)
+def test_rotation_keeps_the_newest_whole_ones(tmp_path, whole, damaged, keep, step, left):
+    make_checkpoints(tmp_path, *whole, *damaged)
+    for bad in damaged:
+        (tmp_path / f"checkpoint-{bad}" / "a").write_text("")
+    checkpoints.rotate(tmp_path, keep, step)
+    assert [checkpoints.step_of(p) for p in checkpoints.checkpoints(tmp_path)] == left
+
+
+def test_what_was_just_saved_outlives_a_damaged_newer_one(folder, monkeypatch):
+    run = train(configured(folder, "steps=6"))
+    (run / "checkpoint-6" / "model.safetensors").write_bytes(b"")
+    write = checkpoints.write_progress
+
+    def full_at_the_end(path, *more):
+        if path.name == "checkpoint-6":
+            raise OSError("no space left")
+        write(path, *more)
+
+    monkeypatch.setattr(checkpoints, "write_progress", full_at_the_end)
+    with (
+        pytest.warns(UserWarning, match="checkpoint-6 is passed over"),
+        pytest.raises(CheckpointError, match="checkpoint-5 is whole and stays"),
+    ):
+        train(configured(folder, "steps=6", "checkpoint={every: 1, keep: 1}"))
+    assert [p.name for p in checkpoints.checkpoints(run)] == ["checkpoint-5"]
 
 
 @pytest.mark.parametrize(
@@ -306,6 +366,33 @@ def test_trained_tokenizer_and_start_from_weights(folder):
     one, two = load_file(first / "model.safetensors"), load_file(second / "model.safetensors")
     name = "model.embed_tokens.weight"
     torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-9)
+
+
+def test_control_starts_anew_with_weights_of_another_run(folder, tokenizer):
+    """λ, densities and the steps that count towards keep_all_steps are the old run's, and stay with it."""
+    old = setup.build_model(configured(folder), tokenizer)
+    old.penalty_control.steps.fill_(70)
+    old.penalty_control.density.fill_(0.3)
+    old.penalty_control.penalty_weight.fill_(0.5)
+    old.save_pretrained(folder / "old")
+    changes = [f"model.weights={folder}/old", "model.overrides.keep_all_steps=3"]
+    new = setup.build_model(configured(folder, *changes), tokenizer).train()
+    assert all(torch.equal(x, dict(old.named_parameters())[name]) for name, x in new.named_parameters())
+    control = new.penalty_control
+    assert (int(control.steps), control.penalty_weight.max(), control.density.max()) == (0, 0.0, -1.0)
+    ids = torch.arange(40)[None]
+    for step in range(4):
+        assert (new(ids, labels=ids).aux_loss is None) == (step < 3), "nothing is scored while all is kept"
+        new.update_retention_penalty()
+
+
+def test_weights_of_a_model_without_scorer(folder, tokenizer):
+    plain = "model.overrides={retention: none, budget: 0}"
+    old = setup.build_model(configured(folder, plain), tokenizer)
+    old.save_pretrained(folder / "old")
+    new = setup.build_model(configured(folder, plain, f"model.weights={folder}/old"), tokenizer)
+    assert new.penalty_control is None
+    assert torch.equal(new.lm_head.weight, old.lm_head.weight)
 
 
 def test_workers_prepare_the_same_batches(folder):
