@@ -270,16 +270,10 @@ def pytorch_form(q, k, v, a, b, A_log, dt_bias, state, layout=None):
 
 
 def compare_gradients(kernel, pytorch):
-    """Of q, k, v, a, b, A_log, dt_bias and the state.
-
-    What comes through decay and strength is a difference of sums that the library rounds to 16 bits: its own tests
-    allow 0.02 there in float16, so that bfloat16, with an eighth of float16's precision, is held to 0.03 here and
-    float16 to what holds for the others.
-    """
+    """Of q, k, v, a, b, A_log, dt_bias and the state."""
     names = ("q", "k", "v", "a", "b", "A_log", "dt_bias", "state")
-    gates = ("a", "b", "A_log", "dt_bias") if kernel[0].dtype == torch.bfloat16 else ()
     for name, a, e in zip(names, kernel, pytorch, strict=False):
-        assert relative_rms(a.grad, e.grad) <= (3e-2 if name in gates else 1e-2), name
+        assert relative_rms(a.grad, e.grad) <= 1e-2, name
 
 
 @pytest.mark.gpu
