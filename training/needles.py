@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from training.rows import IGNORED, Row, join_pieces
 from training.store import TokenStore
-from training.wording import NeedleConfig, check_needles, draw_key, draw_value, kind_of, listed
+from training.wording import NeedleConfig, check_needles, choose_wording, draw_key, draw_value, kind_of, listed
 
 Fact = tuple[str, list[str]]
 
@@ -54,7 +54,6 @@ class NeedleMaker:
         kind = kind_of(config)
         self.names = {"type": kind, "types": kind + "s"}
         self.noise = self._noise_lines()
-        self.head = self.tokenizer(self._fill("preamble") + "\n", add_special_tokens=False)["input_ids"]
         self.sentence_end, self.word_start = _token_shapes(tokenizer) if "text" in config.haystacks else (None, None)
         self.least = self._check_room(name)
 
@@ -81,14 +80,15 @@ class NeedleMaker:
 
     def _document(self, rng: np.random.Generator, length: int) -> tuple[np.ndarray, np.ndarray] | None:
         """(tokens, labels) of a document of at most `length` tokens; None if not even the least fits."""
-        c = self.config
+        c = choose_wording(rng, self.config)
         haystack = c.haystacks[rng.integers(len(c.haystacks))]
         facts, groups = self._draw(rng, c)
         inline = haystack == "text"
+        head = self._head(c)
         while True:
-            needles = self._encode_needles([(k, v) for k, values in facts for v in values], inline)
-            asked, answer_spans = self._questions(groups, inline)
-            room = length - len(self.bos) - len(self.head) - sum(map(len, needles)) - len(asked) - 1
+            needles = self._encode_needles(c, [(k, v) for k, values in facts for v in values], inline)
+            asked, answer_spans = self._questions(c, groups, inline)
+            room = length - len(self.bos) - len(head) - sum(map(len, needles)) - len(asked) - 1
             if room >= 0:
                 break
             if len(facts) > len(groups) * c.queries:
@@ -97,8 +97,8 @@ class NeedleMaker:
                 groups = groups[:-1]
             else:
                 return None
-        body = self._body(rng, haystack, needles, room, {k for k, _ in facts})
-        tokens = np.concatenate([self.bos, self.head, body, asked, [self.eos]]).astype(np.int64)
+        body = self._body(rng, c, haystack, needles, room, {k for k, _ in facts})
+        tokens = np.concatenate([self.bos, head, body, asked, [self.eos]]).astype(np.int64)
         labels = tokens.copy()
         if c.loss_on == "answer":
             labels[:] = IGNORED
@@ -122,9 +122,12 @@ class NeedleMaker:
         groups = [[facts[i] for i in order[q * c.queries : (q + 1) * c.queries]] for q in range(questions)]
         return facts, groups
 
-    def _fill(self, label: str, **parts: str) -> str:
-        template = getattr(self.config, label + "_many" if self.many and label != "needle" else label)
+    def _fill(self, c: NeedleConfig, label: str, **parts: str) -> str:
+        template = getattr(c, label + "_many" if self.many and label != "needle" else label)
         return template.format(**parts, **self.names)
+
+    def _head(self, c: NeedleConfig) -> list[int]:
+        return self.tokenizer(self._fill(c, "preamble") + "\n", add_special_tokens=False)["input_ids"]
 
     def _encode(self, texts: list[str], anchor: str) -> list[list[int]]:
         """Ids of texts as they stand in running text: each begins with `anchor`, whose own ids are cut off."""
@@ -141,22 +144,24 @@ class NeedleMaker:
             )
         return [one[len(cut) :] for one in ids]
 
-    def _encode_needles(self, facts: list[tuple[str, str]], inline: bool) -> list[list[int]]:
-        texts = [self.config.needle.format(key=key, value=value, **self.names) for key, value in facts]
+    def _encode_needles(self, c: NeedleConfig, facts: list[tuple[str, str]], inline: bool) -> list[list[int]]:
+        texts = [c.needle.format(key=key, value=value, **self.names) for key, value in facts]
         if inline:
             return self._encode(["a " + text for text in texts], "a")
         return self._encode(["\n" + text + "\n" for text in texts], "\n")
 
-    def _questions(self, groups: list[list[Fact]], inline: bool) -> tuple[list[int], list[tuple[int, int]]]:
+    def _questions(
+        self, c: NeedleConfig, groups: list[list[Fact]], inline: bool
+    ) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids of all questions with their answers, and where the answers lie in them."""
         parts: list[str] = []
         for q, group in enumerate(groups):
             key = listed([k for k, _ in group])
             # after running text the first question needs the line feed that a haystack of lines ends with already
             start = "a\n" if inline or q else "\n"
-            parts.append(f"{start}{self._fill('question', key=key)} {self._fill('prefix', key=key)}")
+            parts.append(f"{start}{self._fill(c, 'question', key=key)} {self._fill(c, 'prefix', key=key)}")
             parts.append(
-                "a " + self.config.answer.format(value=", ".join(v for _, vs in group for v in vs), **self.names)
+                "a " + c.answer.format(value=", ".join(v for _, vs in group for v in vs), **self.names)
             )
         leading = not inline
         first = self._encode(parts[:1], "\n" if leading else "a")
@@ -172,13 +177,19 @@ class NeedleMaker:
         return self._encode(lines, "\n") if lines else []
 
     def _body(
-        self, rng: np.random.Generator, haystack: str, needles: list[list[int]], room: int, used: set[str]
+        self,
+        rng: np.random.Generator,
+        c: NeedleConfig,
+        haystack: str,
+        needles: list[list[int]],
+        room: int,
+        used: set[str],
     ) -> np.ndarray:
         """The haystack with the needles in it: at most `room` tokens besides the needles."""
         if haystack == "text":
             return self._text_body(rng, needles, room)
         if haystack == "needles":
-            lines, room = self._more_needles(rng, room, used)
+            lines, room = self._more_needles(rng, c, room, used)
         else:
             full, room = divmod(room, len(self.noise[-1])) if self.noise else (0, room)
             lines = [self.noise[-1]] * full
@@ -191,12 +202,14 @@ class NeedleMaker:
             lines.insert(int(place) + shift, needles[which])
         return np.asarray([one for line in lines for one in line], dtype=np.int64)
 
-    def _more_needles(self, rng: np.random.Generator, room: int, used: set[str]) -> tuple[list[list[int]], int]:
+    def _more_needles(
+        self, rng: np.random.Generator, c: NeedleConfig, room: int, used: set[str]
+    ) -> tuple[list[list[int]], int]:
         lines: list[list[int]] = []
         while True:
             size = len(lines[0]) if lines else len(self.noise[-1]) if self.noise else 16
-            facts = [(draw_key(rng, self.config), draw_value(rng, self.config)) for _ in range(room // size + 1)]
-            for (key, _), line in zip(facts, self._encode_needles(facts, inline=False), strict=True):
+            facts = [(draw_key(rng, c), draw_value(rng, c)) for _ in range(room // size + 1)]
+            for (key, _), line in zip(facts, self._encode_needles(c, facts, inline=False), strict=True):
                 if key in used:
                     continue
                 if len(line) > room:
@@ -241,10 +254,11 @@ class NeedleMaker:
         least = replace(full, keys=[full.keys[0]] * 2, questions=[full.questions[0]] * 2)
         rng, need = np.random.default_rng(0), 0
         for _ in range(64):
-            facts, groups = self._draw(rng, least)
-            needles = self._encode_needles([(k, v) for k, values in facts for v in values], inline=False)
-            asked, _ = self._questions(groups, inline=True)
-            need = max(need, len(self.bos) + len(self.head) + sum(map(len, needles)) + len(asked) + 1)
+            c = choose_wording(rng, least)
+            facts, groups = self._draw(rng, c)
+            needles = self._encode_needles(c, [(k, v) for k, values in facts for v in values], inline=False)
+            asked, _ = self._questions(c, groups, inline=True)
+            need = max(need, len(self.bos) + len(self._head(c)) + sum(map(len, needles)) + len(asked) + 1)
         length = min(self.row_length, full.length[0]) if full.length is not None else self.row_length
         if need > length:
             field_name = f"{name}.length" if length < self.row_length else "sequence_length"

@@ -4,6 +4,7 @@ The default wording is that of the S-NIAH evaluation (RULER, arXiv 2404.06654): 
 not generalisation to other wordings. Change the templates for that.
 """
 
+import re
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,8 +15,10 @@ import numpy as np
 from omegaconf import OmegaConf
 
 HAYSTACKS = ("noise", "text", "needles")
-KEY_TYPES = ("words", "nouns", "name", "code", "number", "uuid")
-VALUE_TYPES = ("number", "uuid", "hex", "word")
+KEY_TYPES = ("words", "nouns", "compound", "name", "code", "number", "uuid")
+VALUE_TYPES = ("number", "uuid", "hex", "serial", "word")
+TEMPLATES = ("needle", "preamble", "question", "prefix", "preamble_many", "question_many", "prefix_many", "answer")
+ALTERNATIVES = re.compile(r"\[([^\[\]]*\|[^\[\]]*)\]")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 # syllables of made-up names: first, then one or two inner ones
 HEADS = ("Al", "Ber", "Cor", "Dan", "El", "Fal", "Gor", "Hel", "Is", "Jor", "Kel", "Lor", "Mar", "Nor", "Os", "Per")
@@ -29,16 +32,18 @@ class NeedleConfig:
     fraction: share of the rows that are needle rows, from 0 to 1.
     haystacks: drawn evenly for each document: noise (the sentences below), text (the text sources), needles (more
         needles, as many as fit).
-    key_type: words (adjective-noun), nouns (two, with a space), name (two made-up ones), code (two letters, four
-        figures), number or uuid.
+    key_type: words (adjective-noun), nouns (two, with a space), compound (two, with a hyphen), name (two made-up
+        ones), code (two letters, four figures), number or uuid.
     keys, questions: least and most per document; a question asks about `queries` keys with `values` values each.
-    digits: figures of a number or hex value.
+    value_type: number, uuid, hex (hexadecimal figures), serial (such figures in hyphenated groups of four) or word.
+    digits: figures of a number, hex or serial value.
     length: least and most tokens of a document; null: a document fills its row.
     loss_on: all tokens, or only the answers.
     variants: kinds of documents in turn, each a set of changes to these settings, for example
         [{value_type: number}, {value_type: uuid, keys: [1, 4]}]; empty: one kind.
     needle, preamble, question, prefix, answer: templates with {key}, {value}, {type} (number) and {types} (numbers);
-        the `_many` forms serve questions with several answers.
+        the `_many` forms serve questions with several answers. In all of them [one|another] is one of the two (or
+        more), drawn for each document.
     """
 
     fraction: float = 0.0
@@ -102,7 +107,7 @@ def check_needles(config: NeedleConfig, name: str = "needles") -> None:
 
 def _check_templates(config: NeedleConfig, name: str) -> None:
     wanted = {"needle": ("{key}", "{value}"), "question": ("{key}",), "answer": ("{value}",)}
-    for label in ("needle", "question", "prefix", "answer", "preamble", "question_many", "prefix_many"):
+    for label in TEMPLATES:
         text = getattr(config, label)
         try:
             text.format(key="k", value="v", type="t", types="ts")
@@ -111,9 +116,26 @@ def _check_templates(config: NeedleConfig, name: str) -> None:
                 f"{name}.{label}={text!r} is no template ({error}): only {{key}}, {{value}}, {{type}} and {{types}} "
                 "can be filled in"
             ) from None
+        if re.search(r"\[.*\|.*\]", ALTERNATIVES.sub("", text)):
+            raise ValueError(f"{name}.{label}={text!r} has brackets within [one|another]: write alternatives side by side")
         for part in wanted.get(label, ()):
-            if part not in text:
+            if not _always_holds(text, part):
                 raise ValueError(f"{name}.{label}={text!r} lacks {part}: without it nothing can be asked")
+
+
+def _always_holds(template: str, part: str) -> bool:
+    """Whether every choice of alternatives leaves the part in it."""
+    offers = [match[1].split("|") for match in ALTERNATIVES.finditer(template)]
+    return part in ALTERNATIVES.sub("", template) or any(all(part in one for one in offer) for offer in offers)
+
+
+def choose_wording(rng: np.random.Generator, config: NeedleConfig) -> NeedleConfig:
+    """The settings with one of the alternatives [one|another] in each place of the templates."""
+    texts = {label: getattr(config, label) for label in TEMPLATES}
+    varied = {label: text for label, text in texts.items() if ALTERNATIVES.search(text)}
+    return replace(
+        config, **{label: ALTERNATIVES.sub(lambda m: _one(rng, m[1].split("|")), t) for label, t in varied.items()}
+    )
 
 
 def merge_needles(base: NeedleConfig, changes: dict[str, Any], name: str) -> NeedleConfig:
@@ -151,7 +173,7 @@ def words() -> tuple[list[str], list[str]]:
 
 def kind_of(config: NeedleConfig) -> str:
     """What a value is called in the singular."""
-    return "number" if config.value_type == "hex" else config.value_type
+    return "number" if config.value_type in ("hex", "serial") else config.value_type
 
 
 def draw_key(rng: np.random.Generator, config: NeedleConfig) -> str:
@@ -161,6 +183,8 @@ def draw_key(rng: np.random.Generator, config: NeedleConfig) -> str:
         return f"{_one(rng, adjectives)}-{_one(rng, nouns)}"
     if config.key_type == "nouns":
         return f"{_one(rng, words()[1])} {_one(rng, words()[1])}"
+    if config.key_type == "compound":
+        return f"{_one(rng, words()[1])}-{_one(rng, words()[1])}"
     if config.key_type == "name":
         return f"{_name(rng)} {_name(rng)}"
     if config.key_type == "code":
@@ -172,8 +196,10 @@ def draw_value(rng: np.random.Generator, config: NeedleConfig) -> str:
     """A random value of the configured type."""
     if config.value_type == "number":
         return _number(rng, config.digits)
-    if config.value_type == "hex":
-        return "".join("0123456789abcdef"[i] for i in rng.integers(16, size=config.digits))
+    if config.value_type in ("hex", "serial"):
+        figures = "".join("0123456789abcdef"[i] for i in rng.integers(16, size=config.digits))
+        size = 4 if config.value_type == "serial" else config.digits
+        return "-".join(figures[i : i + size] for i in range(0, config.digits, size))
     if config.value_type == "word":
         return _one(rng, words()[1])
     return _uuid(rng)
@@ -183,10 +209,10 @@ def wordings(config: NeedleConfig, seed: int, count: int) -> Iterator[str]:
     """The templates filled in with random keys, as text for training a tokenizer."""
     rng = np.random.default_rng([seed, 3])
     kind = kind_of(config)
-    labels = ("preamble", "needle", "question", "prefix", "preamble_many", "question_many", "prefix_many")
     for _ in range(count):
+        one = choose_wording(rng, config)
         parts = {"key": draw_key(rng, config), "value": draw_value(rng, config), "type": kind, "types": kind + "s"}
-        yield "\n".join([config.noise, *(getattr(config, label).format(**parts) for label in labels)])
+        yield "\n".join([config.noise, *(getattr(one, label).format(**parts) for label in TEMPLATES[:-1])])
 
 
 def _one(rng: np.random.Generator, choices: Sequence[str]) -> str:

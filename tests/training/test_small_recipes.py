@@ -1,10 +1,12 @@
 """The recipes of the first results: one recipe for all members, and a wording that the evaluation never uses."""
 
+import math
 import re
 import subprocess
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from eval import needles as evaluation
@@ -15,13 +17,11 @@ from training.data import TrainingRows, check_data, plan_stages
 from training.setup import model_config, split_batch
 from training.sources import SourceConfig
 from training.tokenizer import TokenizerConfig, train_tokenizer
-from training.wording import NeedleConfig, variants, wordings
+from training.wording import ALTERNATIVES, TEMPLATES, NeedleConfig, choose_wording, variants, wordings
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "configs" / "train"
 MEMBERS = ("transformer", "gdn", "gdn-swa", "gdn-swa-wide", "gdn-full", "lansa", "lalte")
-TEMPLATES = ("needle", "preamble", "question", "prefix", "answer", "noise")
-TEMPLATES += ("preamble_many", "question_many", "prefix_many")
 
 
 def recipe(name):
@@ -86,6 +86,13 @@ def kinds_of(config):
     return [kind for stage in stages_of(config) for kind in variants(stage.needles, "needles")]
 
 
+def count_wordings(kind):
+    """Combinations of a preamble, a needle, a question and the beginning of its answer."""
+    label = "{}_many" if kind.queries * kind.values > 1 else "{}"
+    used = [kind.needle, *(getattr(kind, label.format(name)) for name in ("preamble", "question", "prefix"))]
+    return math.prod(len(match[1].split("|")) for text in used for match in ALTERNATIVES.finditer(text))
+
+
 def test_no_document_is_worded_as_the_evaluation_is():
     told = [evaluation.NOISE, evaluation.NEEDLE, evaluation._ONE, evaluation._MANY]
     told += [evaluation._ONE_ANSWER, evaluation._MANY_ANSWERS]
@@ -93,21 +100,24 @@ def test_no_document_is_worded_as_the_evaluation_is():
     default = NeedleConfig()
     assert theirs & phrases(default.needle), "the check sees the default wording, which is the evaluation's"
     kinds = kinds_of(recipe("lalte"))
+    rng = np.random.default_rng(0)
     for kind in kinds:
-        for name in TEMPLATES:
-            text = getattr(kind, name)
-            assert not theirs & phrases(text), text
-            assert "magic" not in text
-            assert name == "answer" or text != getattr(default, name)
-        # neither adjective-noun nor UUIDs, and no number of seven figures
-        assert kind.key_type in ("name", "nouns", "code")
-        assert kind.value_type in ("number", "hex", "word")
+        assert not theirs & phrases(kind.noise)
+        many = kind.queries * kind.values > 1
+        used = [name for name in TEMPLATES if name in ("needle", "answer") or name.endswith("_many") == many]
+        for one in (choose_wording(rng, kind) for _ in range(100)):
+            for name in used:
+                text = getattr(one, name)
+                assert not theirs & phrases(text), text
+                assert name == "answer" or text != getattr(default, name)
+        # neither adjective-noun nor UUIDs (which have groups of 8, 4, 4, 4 and 12), and no number of seven figures
+        assert kind.key_type in ("name", "nouns", "compound", "code")
+        assert kind.value_type in ("number", "hex", "serial", "word")
         assert kind.digits != 7 or kind.value_type == "word"
-    assert "magic" not in " ".join(text for kind in kinds for text in wordings(kind, 0, 20))
-    wording = {
-        (kind.needle, kind.question if kind.queries * kind.values == 1 else kind.question_many) for kind in kinds
-    }
-    assert len(wording) >= 8
+        assert "magic" not in " ".join(getattr(kind, name) for name in used)
+    wording = {kind.needle: count_wordings(kind) for kind in kinds}
+    assert len(wording) == 13
+    assert sum(wording.values()) > 8_000
 
 
 def test_every_stage_gives_rows(texts, tmp_path):

@@ -127,6 +127,37 @@ def test_own_wording(needle_tokenizer):
     assert text.endswith(f"\n{key}? It is {value}.{needle_tokenizer.eos_token}")
 
 
+@pytest.mark.parametrize("haystack", ["noise", "text", "needles"])
+def test_alternatives_are_drawn_for_each_document(needle_tokenizer, store, haystack):
+    made = maker(
+        needle_tokenizer,
+        store,
+        haystacks=[haystack],
+        keys=[2, 2],
+        preamble="[Facts|What is known]:",
+        needle="[{key} has {value}.|{key} owns {value}.] [sic]",
+        question="[What of {key}?|{key}?]",
+        prefix="[It is|The answer: it is]",
+        value_type="serial",
+        key_type="compound",
+        digits=6,
+    )
+    preambles, needles, questions = set(), set(), set()
+    for index in range(30):
+        tokens, _ = documents(made.row(index))[0]
+        text = needle_tokenizer.decode(tokens[:-1])
+        assert needle_tokenizer(text, add_special_tokens=False)["input_ids"] == tokens[:-1].tolist()
+        preambles.add(text[: text.index(":\n")])
+        found = re.findall(r"(\S+-\S.*?) (has|owns) ([0-9a-f]{4}-[0-9a-f]{2})\. \[sic\]", text)
+        assert len({verb for _, verb, _ in found}) == 1, "one wording a document"
+        needles.add(found[0][1])
+        asked = re.search(r"\n(What of )?(\S.*)\? (It|The answer: it) is (\S+)\.$", text)
+        questions.add((asked[1], asked[3]))
+        assert (asked[2], asked[4]) in {(key.splitlines()[-1], value) for key, _, value in found}
+    assert (preambles, needles) == ({"Facts", "What is known"}, {"has", "owns"})
+    assert len(questions) == 4
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -139,6 +170,9 @@ def test_own_wording(needle_tokenizer):
         ({"loss_on": "some"}, r"needles\.loss_on='some' is unknown: use one of all, answer"),
         ({"needle": "{key} is {valu}"}, r"needles\.needle=.* is no template"),
         ({"question": "What?"}, r"needles\.question='What\?' lacks \{key\}"),
+        ({"question": "[What of {key}?|What?]"}, r"needles\.question=.* lacks \{key\}"),
+        ({"needle": "[{key} has {value}|{key} has [sic] {value}]"}, r"needles\.needle=.* has brackets within"),
+        ({"answer": "[[{value}.|{value}]|{value}!]"}, r"needles\.answer=.* has brackets within"),
     ],
 )
 def test_bad_settings_are_named(fields, message):
