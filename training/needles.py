@@ -160,9 +160,7 @@ class NeedleMaker:
             # after running text the first question needs the line feed that a haystack of lines ends with already
             start = "a\n" if inline or q else "\n"
             parts.append(f"{start}{self._fill(c, 'question', key=key)} {self._fill(c, 'prefix', key=key)}")
-            parts.append(
-                "a " + c.answer.format(value=", ".join(v for _, vs in group for v in vs), **self.names)
-            )
+            parts.append("a " + c.answer.format(value=", ".join(v for _, vs in group for v in vs), **self.names))
         leading = not inline
         first = self._encode(parts[:1], "\n" if leading else "a")
         ids = first + (self._encode(parts[1:], "a") if len(parts) > 1 else [])

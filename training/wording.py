@@ -117,7 +117,9 @@ def _check_templates(config: NeedleConfig, name: str) -> None:
                 "can be filled in"
             ) from None
         if re.search(r"\[.*\|.*\]", ALTERNATIVES.sub("", text)):
-            raise ValueError(f"{name}.{label}={text!r} has brackets within [one|another]: write alternatives side by side")
+            raise ValueError(
+                f"{name}.{label}={text!r} has brackets within [one|another]: write alternatives side by side"
+            )
         for part in wanted.get(label, ()):
             if not _always_holds(text, part):
                 raise ValueError(f"{name}.{label}={text!r} lacks {part}: without it nothing can be asked")

