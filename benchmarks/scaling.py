@@ -89,7 +89,10 @@ def time_run(bench: Bench, case: str, system: str, job: dict[str, Any], folder: 
     speeds = sorted(entry["tokens_per_s"] for entry in entries[1:])
     bench.add(case, system, "tokens_per_s", statistics.median(speeds), speeds[0], speeds[-1], len(speeds))
     losses = {str(entry["step"]): entry["loss"] for entry in entries}
-    bench.note(case, system, processes=job["processes"], losses=losses, mfu=entries[-1].get("mfu"))
+    shares = [entry["mfu"] for entry in entries[1:] if "mfu" in entry]
+    bench.note(
+        case, system, processes=job["processes"], losses=losses, mfu=statistics.median(shares) if shares else None
+    )
     say(f"{bench.name}: {system}: {statistics.median(speeds):,.0f} tokens/s")
     if job["name"] != "shards":
         shutil.rmtree(folder / job["name"])
