@@ -16,6 +16,9 @@ from torch import Tensor
 from lte.kernels.launch import ceil_div, next_power_of_2
 
 BIG = tl.constexpr(2**31 - 1)
+# two counts in one integer: where the upper one begins, and the largest lower one
+HALF = tl.constexpr(15)
+LOWER = tl.constexpr(2**15 - 1)
 
 
 class Tile(NamedTuple):
@@ -232,6 +235,7 @@ def _schedule_kernel(
     GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SPAN: tl.constexpr, SCAN: tl.constexpr,
     LIST: tl.constexpr, HAS_COLUMNS: tl.constexpr,
 ):  # fmt: skip
+    tl.static_assert(LIST <= LOWER)
     span = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     pad, slot_tiles = tile_shift(offset, KEYS)
@@ -261,17 +265,21 @@ def _schedule_kernel(
             e = tl.minimum(tl.load(end_ptr + j, mask=at < listed, other=0), keys)
             lasts = (e > first + last_last).to(tl.int32)
             passes = (e > first + span_first).to(tl.int32) - lasts
-            tl.store(columns_ptr + front + tl.cumsum(lasts, 0) - lasts, j, mask=lasts > 0)
-            tl.store(columns_ptr + back - (tl.cumsum(passes, 0) - passes), j, mask=passes > 0)
-            front += tl.sum(lasts, 0)
-            back -= tl.sum(passes, 0)
+            both = lasts + (passes << HALF)
+            rank = tl.cumsum(both, 0) - both
+            tl.store(columns_ptr + front + (rank & LOWER), j, mask=lasts > 0)
+            tl.store(columns_ptr + back - (rank >> HALF), j, mask=passes > 0)
+            count = tl.sum(both, 0)
+            front += count & LOWER
+            back -= count >> HALF
             if at0 + LIST <= shared:
-                lasting += tl.sum(lasts, 0)
-                passing += tl.sum(passes, 0)
+                lasting += count & LOWER
+                passing += count >> HALF
             else:
                 before = ((j + pad) // KEYS)[None, :] < near[:, None]
-                lasting += tl.sum(tl.where(before, lasts[None, :], 0), 1)
-                passing += tl.sum(tl.where(before, passes[None, :], 0), 1)
+                counts = tl.sum(tl.where(before, both[None, :], 0), 1)
+                lasting += counts & LOWER
+                passing += counts >> HALF
 
     live_from = stop
     full_from = near
@@ -299,6 +307,17 @@ def _schedule_kernel(
 
 
 @triton.jit
+def _count_columns(end_ptr, stop, keys, offset, first, window, STEP: tl.constexpr):
+    """Columns among the keys below stop; summed up once, so that no step waits for the one before."""
+    count = tl.zeros([STEP], tl.int32)
+    for at in range(0, stop, STEP):
+        j = at + tl.arange(0, STEP)
+        e = tl.minimum(tl.load(end_ptr + j, mask=j < stop, other=0), keys)
+        count += is_column(j, e, offset, first, window).to(tl.int32)
+    return tl.sum(count, 0)
+
+
+@triton.jit
 def _columns_of(end_ptr, tile, pad, keys, offset, first, window, KEYS: tl.constexpr):
     """Indices of the keys of these tiles, and which are columns."""
     j = tile[:, None] * KEYS - pad + tl.arange(0, KEYS)[None, :]
@@ -318,10 +337,7 @@ def _columns_kernel(
     pad, _slot_tiles = tile_shift(offset, KEYS)
     end_ptr += head * keys
     prefix_ptr += head * (tiles + 1)
-    total = 0
-    for tile0 in range(0, own, SCAN):
-        _earlier, before = _columns_of(end_ptr, tile0 + tl.arange(0, SCAN), pad, keys, offset, first, window, KEYS)
-        total += tl.sum(tl.sum(before.to(tl.int32), 1), 0)
+    total = _count_columns(end_ptr, own * KEYS - pad, keys, offset, first, window, 4 * SCAN * KEYS)
     tile = own + tl.arange(0, SCAN)
     j, column = _columns_of(end_ptr, tile, pad, keys, offset, first, window, KEYS)
     rank, per_tile = rank_columns(column)

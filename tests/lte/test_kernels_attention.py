@@ -4,6 +4,7 @@ Letters in shape suffixes: B batch, T query tokens, S keys, Q query heads, H KV 
 """
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -160,6 +161,14 @@ def test_small_tiles(case, monkeypatch):
 def test_wide_tiles_and_a_batch(case, monkeypatch):
     torch.manual_seed(case[1] + case[6])
     compare(monkeypatch, *case, batch=2, tiles=WIDE)
+
+
+@interpreted
+@pytest.mark.parametrize("case", [SMALL_CASES[i] for i in (1, 3, 4, 11)])
+def test_lists_in_many_steps(case, monkeypatch):
+    """One tile of keys a program, 16 columns a step; the columns before a tile are counted in steps of 64 keys."""
+    torch.manual_seed(case[1] + case[6])
+    compare(monkeypatch, *case, batch=1, tiles=replace(SMALL, scan=16))
 
 
 @interpreted
