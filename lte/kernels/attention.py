@@ -18,17 +18,15 @@ import triton.language as tl
 from torch import Tensor
 
 from lte.kernels.attention_backward import attention_backward
+from lte.kernels.attention_tiles import load_key_tile, load_tile, row_offsets
 from lte.kernels.columns import (
     Geometry,
     Schedule,
     Tile,
     block_tokens,
     build_schedule,
-    load_key_tile,
-    load_tile,
     masked_tile,
     read_plan,
-    row_offsets,
     tile_shift,
 )
 from lte.kernels.launch import next_power_of_2, on_device

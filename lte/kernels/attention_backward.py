@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lte.kernels.attention_tiles import load_key_tile, load_row_block, load_tile, row_offsets
 from lte.kernels.columns import (
     BIG,
     Geometry,
@@ -23,12 +24,8 @@ from lte.kernels.columns import (
     build_schedule,
     is_column,
     list_columns,
-    load_key_tile,
-    load_row_block,
-    load_tile,
     masked_tile,
     read_plan,
-    row_offsets,
     tile_shift,
 )
 from lte.kernels.launch import ceil_div
