@@ -24,7 +24,7 @@ from lte.kernels.columns import (
     build_schedule,
     is_column,
     list_columns,
-    masked_tile,
+    ranked_keys,
     read_plan,
     tile_shift,
 )
@@ -62,10 +62,10 @@ def _query_kernel(
     v_ptr += b * v_b + h * v_h
     end_ptr += n * keys
     columns_ptr += (n * spans + block // SPAN) * capacity
-    pad, slot_tiles = tile_shift(offset, KEYS)
+    pad, _slot_tiles = tile_shift(offset, KEYS)
     t_first, t_last = block_tokens(block, tokens, GROUP, ROWS)
-    lo, full, diagonal, stop, full_columns, lasting, passing = read_plan(
-        plan_ptr + (n * blocks + block) * 5, t_first, t_last, offset, first, window, slot_tiles, KEYS
+    full, diagonal, full_columns, lasting, passing, rim, low, upper, ranks = read_plan(
+        plan_ptr + (n * blocks + block) * 5, t_first, t_last, offset, first, window, KEYS
     )
 
     row = block * ROWS + tl.arange(0, ROWS)
@@ -93,14 +93,13 @@ def _query_kernel(
         start = (tile * KEYS - pad).to(tl.int64)
         k, v = load_key_tile(k_ptr + start * k_t, v_ptr + start * v_t, lane, k_t, v_t, None, DIM, PAD_DIM, False)
         dq = _query_step(dq, q, do, k, v, i, lane, lane, lse, delta, scale_log2, False, PRECISION)
-    columns_left = tl.cdiv(lasting + passing - full_columns, KEYS)
-    for step in range(0, columns_left + full - lo + stop - diagonal):
-        j, inside, e = masked_tile(
-            step, columns_left, full - lo, lo, diagonal, pad, columns_ptr, full_columns, lasting, passing, capacity,
-            end_ptr, keys, KEYS,
-        )  # fmt: skip
+    for at in range(full_columns, ranks, KEYS):
+        j = ranked_keys(at + lane, columns_ptr, lasting, passing, capacity, rim, low, upper)
+        inside = at + lane < ranks
+        e = tl.load(end_ptr + j, mask=inside, other=0)
         k, v = load_key_tile(k_ptr, v_ptr, j.to(tl.int64), k_t, v_t, inside, DIM, PAD_DIM, True)
-        dq = _query_step(dq, q, do, k, v, i, j, e, lse, delta, scale_log2, True, PRECISION)
+        latest = upper + at + lane - (lasting + passing + low)  # j from `upper` on, which is what the mask asks
+        dq = _query_step(dq, q, do, k, v, i, latest, e, lse, delta, scale_log2, True, PRECISION)
 
     dim = tl.arange(0, PAD_DIM)
     dq_at = dq_ptr + packed_h + packed[:, None] + dim[None, :]

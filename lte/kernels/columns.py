@@ -3,6 +3,9 @@
 Letters in shape suffixes: B batch, H KV heads, N = B·H, S keys, Q query blocks, P spans of query blocks,
 K key tiles. Keys below `offset` are cache slots in any order; `first` is the index of query 0. A key tile k
 holds the keys [k·KEYS − pad, (k+1)·KEYS − pad), pad = −offset mod KEYS, so that no tile mixes slots and tokens.
+
+A block reads the columns before its "near" keys, those of its first query's window and after. Whole tiles of either
+need no mask; columns left over and the near keys at both rims are put side by side ("ranks") into masked tiles.
 """
 
 from dataclasses import dataclass
@@ -87,10 +90,10 @@ class Columns:
 class Schedule:
     """What each query block of the forward (and dq) kernel reads.
 
-    plan_NQ5: int32: first near tile with a live key, first near tile that needs no mask, number of leading
-        columns read without a mask, number of lasting columns, number of passing ones.
+    plan_NQ5: int32: first near tile with a live key (at most the diagonal's), first near tile that needs no mask,
+        number of leading columns read without a mask, number of lasting columns, number of passing ones.
     columns_NPS: int32: per span of query blocks, the indices of the keys that can be seen there and lie before the
-        near tiles: from the front those that last to the end of the span, ascending; from the back those that pass
+        near keys: from the front those that last to the end of the span, ascending; from the back those that pass
         within it, ascending too.
     span: query blocks in a span.
     rows, keys: of the tiles that it was made for.
@@ -137,6 +140,12 @@ def near_tiles(t_first, t_last, offset, first, window, slot_tiles, KEYS: tl.cons
 
 
 @triton.jit
+def near_key(t_first, offset, first, window):
+    """First near key of a block: older ones are seen only as columns."""
+    return offset + tl.maximum(t_first + first - offset - window + 1, 0)
+
+
+@triton.jit
 def rank_columns(column):
     """Rank of each flagged key of a [tiles, keys] block in reading order, and flags per tile."""
     flag = column.to(tl.int32)
@@ -146,33 +155,34 @@ def rank_columns(column):
 
 
 @triton.jit
-def masked_tile(
-    step, columns_left, near_left, plan_lo, diagonal, pad, columns_ptr, full_columns, lasting, passing, capacity,
-    end_ptr, keys, KEYS: tl.constexpr,
-):  # fmt: skip
-    """Indices and ends of the keys of one masked tile: first the columns, then both rims of the near tiles."""
-    lane = tl.arange(0, KEYS)
-    is_column = step < columns_left
-    rank = full_columns + step * KEYS + lane
+def ranked_keys(rank, columns_ptr, lasting, passing, capacity, rim, low, upper):
+    """Key of each rank: columns, the lasting ones first, `low` near keys from `rim` on, and those from `upper` on."""
+    columns = lasting + passing
     at = tl.where(rank < lasting, rank, capacity - 1 - (rank - lasting))
-    gathered = tl.load(columns_ptr + at, mask=rank < tl.where(is_column, lasting + passing, 0), other=keys)
-    near = step - columns_left
-    tile = tl.where(near < near_left, plan_lo + near, diagonal + near - near_left)
-    j = tl.where(is_column, gathered, tile * KEYS - pad + lane)
-    inside = j < keys
-    return j, inside, tl.load(end_ptr + j, mask=inside, other=0)
+    column = tl.load(columns_ptr + at, mask=rank < columns, other=0)
+    near = rank - columns
+    return tl.where(rank < columns, column, tl.where(near < low, rim + near, upper + near - low))
 
 
 @triton.jit
-def read_plan(plan_ptr, t_first, t_last, offset, first, window, pad_tiles, KEYS: tl.constexpr):
-    """Bounds of the loops: the near tiles [lo, full, diagonal, stop), and how many columns there are of each kind."""
+def read_plan(plan_ptr, t_first, t_last, offset, first, window, KEYS: tl.constexpr):
+    """What a block reads: the near tiles [full, diagonal), full_columns columns, and the masked ranks after them.
+
+    Returns (full, diagonal, full_columns, lasting, passing, rim, low, upper, ranks), see `ranked_keys`. Keys before
+    `upper` come before every query of the block.
+    """
     lo = tl.load(plan_ptr)
     full = tl.load(plan_ptr + 1)
     full_columns = tl.load(plan_ptr + 2)
     lasting = tl.load(plan_ptr + 3)
     passing = tl.load(plan_ptr + 4)
-    _, diagonal, stop = near_tiles(t_first, t_last, offset, first, window, pad_tiles, KEYS)
-    return lo, full, tl.maximum(diagonal, lo), stop, full_columns, lasting, passing
+    pad, slot_tiles = tile_shift(offset, KEYS)
+    _, diagonal, _ = near_tiles(t_first, t_last, offset, first, window, slot_tiles, KEYS)
+    rim = tl.maximum(lo * KEYS - pad, near_key(t_first, offset, first, window))
+    low = tl.maximum(full * KEYS - pad - rim, 0)
+    upper = tl.maximum(diagonal * KEYS - pad, rim)
+    ranks = lasting + passing + low + first + t_last + 1 - upper
+    return full, diagonal, full_columns, lasting, passing, rim, low, upper, ranks
 
 
 @triton.jit(do_not_specialize=["tokens", "keys", "offset", "first", "window", "blocks", "tiles"])
@@ -201,14 +211,16 @@ def _schedule_kernel(
         all_ptr += head * keys
         prefix_ptr += head * (tiles + 1)
         columns_ptr += (head * tl.num_programs(0) + span) * capacity
-        shared = tl.load(prefix_ptr + first_near)  # columns before the near tiles of every block of the span
-        listed = tl.load(prefix_ptr + last_near)
+        shared = tl.load(prefix_ptr + first_near)  # columns before the near keys of every block of the span
+        listed = tl.load(prefix_ptr + last_near + 1)
+        near_from = near_key(t_first, offset, first, window)
+        last_near_from = near_key(last_first, offset, first, window)
         front = 0
         back = capacity - 1
         for at0 in range(0, listed, LIST):
             at = at0 + tl.arange(0, LIST)
             j = tl.load(all_ptr + at, mask=at < listed, other=0)
-            e = tl.minimum(tl.load(end_ptr + j, mask=at < listed, other=0), keys)
+            e = tl.minimum(tl.load(end_ptr + j, mask=(at < listed) & (j < last_near_from), other=0), keys)
             lasts = (e > first + last_last).to(tl.int32)
             passes = (e > first + span_first).to(tl.int32) - lasts
             both = lasts + (passes << HALF)
@@ -222,13 +234,14 @@ def _schedule_kernel(
                 lasting += count & LOWER
                 passing += count >> HALF
             else:
-                before = ((j + pad) // KEYS)[None, :] < near[:, None]
+                before = j[None, :] < near_from[:, None]
                 counts = tl.sum(tl.where(before, both[None, :], 0), 1)
                 lasting += counts & LOWER
                 passing += counts >> HALF
 
-    live_from = stop
-    full_from = near
+    live_from = diagonal
+    # a tile in which the near keys begin isn't read whole: it may hold columns that are listed
+    full_from = near + (near * KEYS - pad < near_key(t_first, offset, first, window)).to(tl.int32)
     for tile0 in range(first_near, last_stop, SCAN):
         tile = tile0 + tl.arange(0, SCAN)
         j = tile[:, None] * KEYS - pad + tl.arange(0, KEYS)[None, :]
@@ -242,7 +255,7 @@ def _schedule_kernel(
         cut = is_near & (min_end[None, :] <= (first + t_last)[:, None]) & (tile[None, :] < diagonal[:, None])
         full_from = tl.maximum(full_from, tl.max(tl.where(cut, tile[None, :] + 1, 0), 1))
 
-    full_from = tl.minimum(tl.maximum(full_from, live_from), tl.maximum(diagonal, live_from))
+    full_from = tl.minimum(tl.maximum(full_from, live_from), diagonal)
     plan_ptr += (head * blocks + block) * 5
     store = block < blocks
     tl.store(plan_ptr, live_from, mask=store)
