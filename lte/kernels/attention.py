@@ -39,13 +39,17 @@ HOPPER_SHARED_BYTES = 200 * 1024
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tiles of the three kernels, tokens per span of the column lists, and keys looked at in one scan step."""
+    """Tiles of the three kernels, tokens per span of the column lists, and keys looked at in one scan step.
+
+    Up to `unlisted` keys, a forward pass that no backward pass follows makes no list of all columns: a launch less.
+    """
 
     forward: Tile
     query: Tile
     key: Tile
-    span_tokens: int = 512
+    span_tokens: int = 256
     scan: int = 4096
+    unlisted: int = 8192
 
 
 HALF_TILES = {
@@ -193,12 +197,15 @@ def _choose_tiles(q: Tensor) -> Tiles:
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, end_NS: Tensor, sizes: Geometry, tiles: Tiles
+    q: Tensor, k: Tensor, v: Tensor, end_NS: Tensor, sizes: Geometry, tiles: Tiles, *, listed: bool
 ) -> tuple[Tensor, Tensor, Schedule]:
-    """Output [B, T, Q, D]; the base-2 logarithm of each row's softmax sum, +inf where a row sees no key; the plan."""
+    """Output [B, T, Q, D]; the base-2 logarithm of each row's softmax sum, +inf where a row sees no key; the plan.
+
+    The plan has the list of all columns, which a backward pass needs, if `listed`.
+    """
     heads, tile = sizes.batch * sizes.heads, tiles.forward
     with on_device(q):
-        plan = build_schedule(end_NS, sizes, tile, span_tokens=tiles.span_tokens, scan=tiles.scan)
+        plan = build_schedule(end_NS, sizes, tile, span_tokens=tiles.span_tokens, scan=tiles.scan, listed=listed)
         blocks = plan.plan_NQ5.shape[1]
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         lse_NR = torch.empty(heads, sizes.tokens * sizes.group, dtype=torch.float32, device=q.device)
@@ -216,7 +223,7 @@ def _forward(
 class _IntervalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, end_NS, logits_BSH, sizes, tiles):
-        out, lse_NR, plan = _forward(q, k, v, end_NS, sizes, tiles)
+        out, lse_NR, plan = _forward(q, k, v, end_NS, sizes, tiles, listed=True)
         ctx.save_for_backward(q, k, v, out, lse_NR, end_NS, logits_BSH)
         ctx.sizes, ctx.tiles, ctx.plan = sizes, tiles, plan
         return out
@@ -319,4 +326,4 @@ def interval_attention(
     tiles = tiles or _choose_tiles(q)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, logits) if x is not None):
         return _IntervalAttention.apply(q, k, v, end_NS, logits, sizes, tiles)
-    return _forward(q, k, v, end_NS, sizes, tiles)[0]
+    return _forward(q, k, v, end_NS, sizes, tiles, listed=keys > tiles.unlisted)[0]

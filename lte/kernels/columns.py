@@ -97,7 +97,7 @@ class Schedule:
         within it, ascending too.
     span: query blocks in a span.
     rows, keys: of the tiles that it was made for.
-    columns: all columns; None where near tiles cover every key.
+    columns: all columns; None where near tiles cover every key, or if not asked for.
     """
 
     plan_NQ5: Tensor
@@ -189,7 +189,7 @@ def read_plan(plan_ptr, t_first, t_last, offset, first, window, KEYS: tl.constex
 def _schedule_kernel(
     end_ptr, all_ptr, prefix_ptr, plan_ptr, columns_ptr, tokens, keys, offset, first, window, blocks, tiles, capacity,
     GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SPAN: tl.constexpr, SCAN: tl.constexpr,
-    LIST: tl.constexpr, HAS_COLUMNS: tl.constexpr,
+    LIST: tl.constexpr, HAS_COLUMNS: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
     tl.static_assert(LIST <= LOWER)
     span = tl.program_id(0)
@@ -211,16 +211,24 @@ def _schedule_kernel(
         all_ptr += head * keys
         prefix_ptr += head * (tiles + 1)
         columns_ptr += (head * tl.num_programs(0) + span) * capacity
-        shared = tl.load(prefix_ptr + first_near)  # columns before the near keys of every block of the span
-        listed = tl.load(prefix_ptr + last_near + 1)
         near_from = near_key(t_first, offset, first, window)
         last_near_from = near_key(last_first, offset, first, window)
+        if LISTED:
+            shared = tl.load(prefix_ptr + first_near)  # columns before the near keys of every block of the span
+            listed = tl.load(prefix_ptr + last_near + 1)
+        else:  # found among all keys
+            shared = near_key(span_first, offset, first, window)
+            listed = last_near_from
         front = 0
         back = capacity - 1
         for at0 in range(0, listed, LIST):
             at = at0 + tl.arange(0, LIST)
-            j = tl.load(all_ptr + at, mask=at < listed, other=0)
+            j = at
+            if LISTED:
+                j = tl.load(all_ptr + at, mask=at < listed, other=0)
             e = tl.minimum(tl.load(end_ptr + j, mask=(at < listed) & (j < last_near_from), other=0), keys)
+            if not LISTED:
+                e = tl.where(is_column(j, e, offset, first, window), e, 0)
             lasts = (e > first + last_last).to(tl.int32)
             passes = (e > first + span_first).to(tl.int32) - lasts
             both = lasts + (passes << HALF)
@@ -306,13 +314,17 @@ def _columns_kernel(
         tl.store(prefix_ptr + tiles, total + tl.sum(per_tile, 0))
 
 
-def build_schedule(end_NS: Tensor, sizes: Geometry, tile: Tile, *, span_tokens: int, scan: int) -> Schedule:
-    """Schedule of all query blocks; two launches, no host synchronisation.
+def build_schedule(
+    end_NS: Tensor, sizes: Geometry, tile: Tile, *, span_tokens: int, scan: int, listed: bool = True
+) -> Schedule:
+    """Schedule of all query blocks; no host synchronisation.
 
+    Two launches, the first for the list of all columns; one if not `listed`, where every span looks at all earlier
+    keys instead of the columns among them.
     A span covers at least `span_tokens` tokens, and there are at most head_dim of them: the lists take no more
     memory than k and v do in bfloat16. `scan` is the number of keys looked at in one step.
     """
-    columns = list_columns(end_NS, sizes, tile.keys, scan=scan) if sizes.has_columns else None
+    columns = list_columns(end_NS, sizes, tile.keys, scan=scan) if sizes.has_columns and listed else None
     blocks = ceil_div(sizes.tokens * sizes.group, tile.rows)
     wanted = max(ceil_div(span_tokens * sizes.group, tile.rows), ceil_div(blocks, sizes.dim))
     span = next_power_of_2(wanted)
@@ -320,13 +332,13 @@ def build_schedule(end_NS: Tensor, sizes: Geometry, tile: Tile, *, span_tokens: 
     heads, capacity = end_NS.shape[0], sizes.keys if sizes.has_columns else 1
     plan_NQ5 = torch.empty(heads, blocks, 5, dtype=torch.int32, device=end_NS.device)
     columns_NPS = torch.empty(heads, spans, capacity, dtype=torch.int32, device=end_NS.device)
-    # without columns neither list is read
-    listed = (end_NS, end_NS) if columns is None else (columns.columns_NS, columns.prefix_NK1)
+    # without columns, or a list of them, neither is read
+    lists = (end_NS, end_NS) if columns is None else (columns.columns_NS, columns.prefix_NK1)
     _schedule_kernel[(spans, heads)](
-        end_NS, *listed, plan_NQ5, columns_NPS,
+        end_NS, *lists, plan_NQ5, columns_NPS,
         sizes.tokens, sizes.keys, sizes.offset, sizes.first, sizes.window, blocks, _key_tiles(sizes, tile.keys),
         capacity, GROUP=sizes.group, ROWS=tile.rows, KEYS=tile.keys, SPAN=span, SCAN=max(1, scan // 4 // tile.keys),
-        LIST=max(16, scan // 4), HAS_COLUMNS=sizes.has_columns, num_warps=4,
+        LIST=max(16, scan // 4), HAS_COLUMNS=sizes.has_columns, LISTED=listed, num_warps=8,
     )  # fmt: skip
     return Schedule(plan_NQ5, columns_NPS, span, tile.rows, tile.keys, columns)
 

@@ -15,6 +15,7 @@ if not ON_GPU:
 
 pytest.importorskip("triton")
 
+from lte.kernels import columns  # noqa: E402
 from lte.kernels.attention import Tiles, interval_attention  # noqa: E402
 from lte.kernels.columns import Tile  # noqa: E402
 
@@ -169,6 +170,27 @@ def test_lists_in_many_steps(case, monkeypatch):
     """One tile of keys a program, 16 columns a step; the columns before a tile are counted in steps of 64 keys."""
     torch.manual_seed(case[1] + case[6])
     compare(monkeypatch, *case, batch=1, tiles=replace(SMALL, scan=16))
+
+
+@interpreted
+@pytest.mark.parametrize("unlisted", [0, 8192])
+@pytest.mark.parametrize("case", [SMALL_CASES[i] for i in (1, 4, 8, 12, 14)])
+def test_without_gradients(case, unlisted, monkeypatch):
+    kind, tokens, slots, heads, group, dim, window = case
+    torch.manual_seed(tokens + window)
+    keys = slots + tokens
+    end = make_end(kind, 1, keys, slots, heads, window)
+    q, k, v = torch.randn(1, tokens, heads * group, dim), *torch.randn(2, 1, keys, heads, dim)
+    want = reference(q, k, v, end)
+    poison(monkeypatch)
+    tiles = replace(SMALL, unlisted=unlisted)
+    launched = []
+    list_columns = columns.list_columns
+    monkeypatch.setattr(columns, "list_columns", lambda *a, **kw: launched.append(1) or list_columns(*a, **kw))
+    out = interval_attention(q, k, v, end, window=window, offset=slots, tiles=tiles)
+    assert rel_rms(out, want) <= 1e-5
+    # no list for a forward pass, unless it is long
+    assert len(launched) == (unlisted == 0)
 
 
 @interpreted
