@@ -37,7 +37,7 @@ def stages_of(config):
 @pytest.mark.parametrize("prefix", ["", "nano-"])
 def test_members_differ_only_in_the_model(prefix):
     recipes = {member: recipe(prefix + member) for member in MEMBERS}
-    assert len(set(path.stem for path in (RECIPES / "small").glob("*.yaml"))) == 2 * len(MEMBERS) + 2
+    assert len(set(path.stem for path in (RECIPES / "small").glob("*.yaml"))) == 2 * len(MEMBERS) + 4
     common = [replace(config, model=ModelSection(), output="") for config in recipes.values()]
     assert all(config == common[0] for config in common)
     tokens = common[0].steps * common[0].batch.tokens_per_step
@@ -50,6 +50,16 @@ def test_members_differ_only_in_the_model(prefix):
     assert {model.max_position_embeddings for model in models.values()} == {2048}
     sizes = [describe(model).total for model in models.values()]
     assert max(sizes) < (1.1 if prefix else 1.02) * min(sizes)
+
+
+@pytest.mark.parametrize("prefix", ["", "nano-"])
+def test_the_papers_gradients_are_a_recipe_of_their_own(prefix):
+    ours, papers = recipe(f"{prefix}lalte"), recipe(f"{prefix}lalte-all")
+    assert model_config(ours).straight_through == "beyond_window"
+    assert model_config(papers).straight_through == "all"
+    changes = {"straight_through": "beyond_window"}
+    model = replace(papers.model, overrides={**papers.model.overrides, **changes})
+    assert replace(papers, model=model, output=ours.output) == ours
 
 
 def test_small_models_are_named_by_their_recipes():
@@ -145,13 +155,13 @@ def test_commands_of_the_design_use_a_tokenizer_that_they_trained():
     blocks = [block for block in re.findall(r"```\n(.*?)```", text, re.DOTALL) if "lalte train" in block]
     small, nano = sorted(blocks, key=lambda block: "nano" in block)
     data = next(line for line in small.splitlines() if line.startswith("DATA="))
-    for block, prefix, runs in ((small, "", len(MEMBERS) + 2), (nano, "nano-", 3 * len(MEMBERS))):
+    for block, prefix, runs in ((small, "", len(MEMBERS) + 3), (nano, "nano-", 3 * (len(MEMBERS) + 1))):
         # the command prints its arguments, each ended by a zero byte
         script = f"set -eu; lalte() {{ printf '%s\\0' \"$@\" ''; }}\n{data}\n{block}"
         done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
         commands = [command.split("\0") for command in done.stdout.split("\0\0")[:-1]]
         stems = {Path(file).stem.removesuffix("-plain") for _, file, *_ in commands}
-        assert (len(commands), stems) == (runs, {prefix + member for member in MEMBERS})
+        assert (len(commands), stems) == (runs, {prefix + member for member in (*MEMBERS, "lalte-all")})
         given = [dict(change.split("=", 1) for change in changes) for _, _, *changes in commands]
         assert len({change["output"] for change in given}) == runs
         trained = f"{given[0]['output']}/tokenizer"
