@@ -41,14 +41,17 @@ HOPPER_SHARED_BYTES = 200 * 1024
 class Tiles:
     """Tiles of the three kernels, tokens per span of the column lists, and keys looked at in one scan step.
 
-    Up to `unlisted` keys, a forward pass that no backward pass follows makes no list of all columns: a launch less.
+    A forward pass that no backward pass follows has spans of `prompt_span` tokens: shorter ones are faster and their
+    lists larger, for which gradients leave no room. Up to `unlisted` keys it makes no list of all columns: a launch
+    less.
     """
 
     forward: Tile
     query: Tile
     key: Tile
-    span_tokens: int = 256
+    span_tokens: int = 512
     scan: int = 4096
+    prompt_span: int = 256
     unlisted: int = 8192
 
 
@@ -197,15 +200,22 @@ def _choose_tiles(q: Tensor) -> Tiles:
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, end_NS: Tensor, sizes: Geometry, tiles: Tiles, *, listed: bool
+    q: Tensor, k: Tensor, v: Tensor, end_NS: Tensor, sizes: Geometry, tiles: Tiles, *, gradients: bool
 ) -> tuple[Tensor, Tensor, Schedule]:
     """Output [B, T, Q, D]; the base-2 logarithm of each row's softmax sum, +inf where a row sees no key; the plan.
 
-    The plan has the list of all columns, which a backward pass needs, if `listed`.
+    With `gradients`, the plan is one that a backward pass can follow.
     """
     heads, tile = sizes.batch * sizes.heads, tiles.forward
     with on_device(q):
-        plan = build_schedule(end_NS, sizes, tile, span_tokens=tiles.span_tokens, scan=tiles.scan, listed=listed)
+        plan = build_schedule(
+            end_NS,
+            sizes,
+            tile,
+            span_tokens=tiles.span_tokens if gradients else tiles.prompt_span,
+            scan=tiles.scan,
+            listed=gradients or sizes.keys > tiles.unlisted,
+        )
         blocks = plan.plan_NQ5.shape[1]
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         lse_NR = torch.empty(heads, sizes.tokens * sizes.group, dtype=torch.float32, device=q.device)
@@ -223,7 +233,7 @@ def _forward(
 class _IntervalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, end_NS, logits_BSH, sizes, tiles):
-        out, lse_NR, plan = _forward(q, k, v, end_NS, sizes, tiles, listed=True)
+        out, lse_NR, plan = _forward(q, k, v, end_NS, sizes, tiles, gradients=True)
         ctx.save_for_backward(q, k, v, out, lse_NR, end_NS, logits_BSH)
         ctx.sizes, ctx.tiles, ctx.plan = sizes, tiles, plan
         return out
@@ -326,4 +336,4 @@ def interval_attention(
     tiles = tiles or _choose_tiles(q)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, logits) if x is not None):
         return _IntervalAttention.apply(q, k, v, end_NS, logits, sizes, tiles)
-    return _forward(q, k, v, end_NS, sizes, tiles, listed=keys > tiles.unlisted)[0]
+    return _forward(q, k, v, end_NS, sizes, tiles, gradients=False)[0]

@@ -183,7 +183,7 @@ def test_without_gradients(case, unlisted, monkeypatch):
     q, k, v = torch.randn(1, tokens, heads * group, dim), *torch.randn(2, 1, keys, heads, dim)
     want = reference(q, k, v, end)
     poison(monkeypatch)
-    tiles = replace(SMALL, unlisted=unlisted)
+    tiles = replace(SMALL, unlisted=unlisted, prompt_span=24)
     launched = []
     list_columns = columns.list_columns
     monkeypatch.setattr(columns, "list_columns", lambda *a, **kw: launched.append(1) or list_columns(*a, **kw))
