@@ -19,9 +19,6 @@ from torch import Tensor
 from lte.kernels.launch import ceil_div, next_power_of_2
 
 BIG = tl.constexpr(2**31 - 1)
-# two counts in one integer: where the upper one begins, and the largest lower one
-HALF = tl.constexpr(15)
-LOWER = tl.constexpr(2**15 - 1)
 
 
 class Tile(NamedTuple):
@@ -191,6 +188,9 @@ def _schedule_kernel(
     GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SPAN: tl.constexpr, SCAN: tl.constexpr,
     LIST: tl.constexpr, HAS_COLUMNS: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
+    # two counts in one integer: where the upper one begins, and the largest lower one
+    HALF: tl.constexpr = 15
+    LOWER: tl.constexpr = 2**15 - 1
     tl.static_assert(LIST <= LOWER)
     span = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
