@@ -261,6 +261,30 @@ def test_a_checkpoint_goes_on_in_another_folder_only_as_configured(folder):
     assert_same_run(folder / "new", run)
 
 
+def test_steps_of_other_rows_are_refused_with_what_would_do(folder):
+    run = train(configured(folder, "steps=6"))
+    shutil.copytree(run, folder / "before")
+    shutil.rmtree(run / "checkpoint-6")
+    saved = (run / "config.yaml").read_text()
+    refused = (
+        r"^batch\.tokens_per_step=None, batch\.sequences=2 and batch\.accumulation=1 on 1 ranks make \[3, 2\] rows a "
+        r"step \(by stage\), but .*checkpoint-4 was made with \[6, 4\]: set batch\.tokens_per_step=384$"
+    )
+    with pytest.raises(ValueError, match=refused):
+        train(configured(folder, "steps=6", "batch.accumulation=1"))
+    assert (run / "config.yaml").read_text() == saved
+    train(configured(folder, "steps=6", "batch.accumulation=1", "batch.tokens_per_step=384"))
+    assert_same_run(run, folder / "before")
+
+
+def test_rows_that_no_number_of_tokens_makes(folder):
+    config = configured(folder, "steps=6")
+    assert setup.same_steps(config, 1, [6, 4]) == "set batch.tokens_per_step=384"
+    # steps of 448 and 480 tokens; 6 and 4 rows for 4 ranks
+    for world, rows in ((1, [7, 5]), (4, [6, 4])):
+        assert setup.same_steps(config, world, rows).startswith("go on with that run's batch settings")
+
+
 def test_newest_whole_checkpoint_is_taken(tmp_path):
     make_checkpoints(tmp_path, 5, 20, 100)
     assert checkpoints.newest(tmp_path).name == "checkpoint-100"
