@@ -160,11 +160,12 @@ class HybridTrainer(SavingTrainer):
         """Raises: NonFiniteLoss if a loss since the start was NaN or infinite (waits for the device)."""
         step = int(self.first_bad.item())
         if step >= 0:
-            last = checkpoints.checkpoints(Path(self.args.output_dir))
-            kept = f"{last[-1]} is kept" if last else "no checkpoint was written yet"
+            last = checkpoints.whole(Path(self.args.output_dir))
+            kept = f"{last[-1]} is kept" if last else "there is no whole checkpoint"
             raise NonFiniteLoss(
                 f"the loss is not finite at step {step}: {kept}; lower optimizer.lr (now "
-                f"{self.config.optimizer.lr:g}), raise optimizer.warmup_steps, or use precision=fp32"
+                f"{self.config.optimizer.lr:g}), raise optimizer.warmup_steps, or use precision=fp32, each in a new "
+                "run with another output folder"
             )
 
     # ---- log ----

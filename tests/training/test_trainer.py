@@ -196,24 +196,43 @@ def test_a_full_disk_keeps_the_checkpoint_before(folder, monkeypatch):
     assert len(history(run)) == 12
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(folder):
+def build_spoilt(step, before=lambda: None):
+    """Builds a model whose loss turns NaN in the second micro-batch after `step` steps; `before` is called first."""
+
     def build(config, tokenizer):
         model = setup.build_model(config, tokenizer)
         calls = []
 
         def spoil(module, inputs):
             calls.append(1)
-            if len(calls) == 2 * 6 + 2:
+            if len(calls) == 2 * step + 2:
+                before()
                 module.weight.data[:] = float("nan")
 
         model.lm_head.register_forward_pre_hook(spoil)
         return model
 
+    return build
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(folder):
     with pytest.raises(NonFiniteLoss, match=r"not finite at step 7: .*checkpoint-4 is kept; lower optimizer\.lr"):
-        train(configured(folder), build)
+        train(configured(folder), build_spoilt(6))
     run = folder / "run"
     assert [p.name for p in checkpoints.checkpoints(run)] == ["checkpoint-4"]
     assert all(torch.isfinite(x).all() for x in load_file(run / "checkpoint-4" / "model.safetensors").values())
+
+
+@pytest.mark.parametrize(
+    ("damaged", "kept"), [([6], "checkpoint-3 is kept"), ([3, 6], "there is no whole checkpoint")]
+)
+def test_a_loss_that_is_not_finite_names_no_damaged_checkpoint(folder, damaged, kept):
+    def damage():
+        for step in damaged:
+            (folder / "run" / f"checkpoint-{step}" / "model.safetensors").write_bytes(b"")
+
+    with pytest.raises(NonFiniteLoss, match=rf"not finite at step 7: .*{kept}; lower optimizer\.lr"):
+        train(configured(folder, "checkpoint.every=3"), build_spoilt(6, damage))
 
 
 def test_folder_of_another_run(folder):
