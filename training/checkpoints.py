@@ -83,6 +83,11 @@ def checkpoints(output: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
+def whole(output: Path) -> list[Path]:
+    """The whole checkpoints of a run's folder, oldest first."""
+    return [folder for folder in checkpoints(output) if defect(folder) is None]
+
+
 def newest(output: Path) -> Path | None:
     """The newest whole checkpoint of a run's folder; None if the folder has no checkpoint.
 

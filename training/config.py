@@ -124,7 +124,7 @@ class TrainConfig:
 # the rows of a step, which may be cut differently, are compared with those of the checkpoint
 FREE_ON_RESUME = (
     *("output", "resume", "device", "log", "checkpoint", "data.cache_dir", "data.workers"),
-    *("batch.sequences", "batch.accumulation", "compile", "gradient_checkpointing", "fsdp"),
+    *("batch", "compile", "gradient_checkpointing", "fsdp"),
 )
 
 

@@ -157,7 +157,7 @@ def no_progress_bars() -> Iterator[None]:
 
 def save_failed(error: Exception, target: Path) -> CheckpointError:
     """The error of a checkpoint that could not be written, with what is left and what to do."""
-    older = [p for p in checkpoints.checkpoints(target.parent) if p != target and checkpoints.defect(p) is None]
+    older = [p for p in checkpoints.whole(target.parent) if p != target]
     left = f"{older[-1]} is whole and stays" if older else "there is no earlier checkpoint"
     return CheckpointError(
         f"{target} could not be saved ({type(error).__name__}: {error}): {left}; make room on the disk and start the "

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from training import checkpoints
 from training.config import TrainConfig, difference
+from training.data import Stage, plan_stages
 from training.sources import iter_documents
 from training.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
 from training.wording import variants, wordings
@@ -48,6 +50,37 @@ def split_batch(config: TrainConfig, world: int) -> tuple[int, int]:
         )
     accumulation = next(a for a in range(1, rows + 1) if rows % a == 0 and rows // a <= batch.sequences)
     return rows // accumulation, accumulation
+
+
+def plan_steps(config: TrainConfig, world: int) -> tuple[list[Stage], int]:
+    """The stages of a run on `world` ranks, and the micro-batches of a step.
+
+    Raises: ValueError if a step can't be cut into rows as configured.
+    """
+    sequences, accumulation = split_batch(config, world)
+    stages = plan_stages(
+        config.data,
+        config.needles,
+        config.curriculum,
+        steps=config.steps,
+        sequences=sequences,
+        parts=accumulation * world,
+        tokens_per_step=config.batch.tokens_per_step,
+    )
+    return stages, accumulation
+
+
+def same_steps(config: TrainConfig, world: int, rows: list[int]) -> str:
+    """How to get steps of so many rows (by stage) on `world` ranks, in words."""
+    stages, _ = plan_steps(config, world)
+    tokens = rows[-1] * stages[-1].sequence_length
+    try:
+        planned, _ = plan_steps(replace(config, batch=replace(config.batch, tokens_per_step=tokens)), world)
+    except ValueError:
+        planned = []
+    if [stage.step_rows for stage in planned] == rows:
+        return f"set batch.tokens_per_step={tokens}"
+    return "go on with that run's batch settings on as many ranks as it had"
 
 
 def resume_point(config: TrainConfig, output: Path) -> Path | None:

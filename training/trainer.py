@@ -24,7 +24,7 @@ from models import HybridConfig
 from training import checkpoints, setup
 from training.callbacks import LogCallback, RetentionCallback
 from training.config import TrainConfig, save_config
-from training.data import StepBatches, TrainingRows, check_data, plan_stages
+from training.data import StepBatches, TrainingRows, check_data
 from training.flops import peak_flops, train_flops_per_token
 from training.rows import IGNORED, collate
 from training.saving import SavingTrainer
@@ -160,11 +160,12 @@ class HybridTrainer(SavingTrainer):
         """Raises: NonFiniteLoss if a loss since the start was NaN or infinite (waits for the device)."""
         step = int(self.first_bad.item())
         if step >= 0:
-            last = checkpoints.checkpoints(Path(self.args.output_dir))
-            kept = f"{last[-1]} is kept" if last else "no checkpoint was written yet"
+            last = checkpoints.whole(Path(self.args.output_dir))
+            kept = f"{last[-1]} is kept" if last else "there is no whole checkpoint"
             raise NonFiniteLoss(
                 f"the loss is not finite at step {step}: {kept}; lower optimizer.lr (now "
-                f"{self.config.optimizer.lr:g}), raise optimizer.warmup_steps, or use precision=fp32"
+                f"{self.config.optimizer.lr:g}), raise optimizer.warmup_steps, or use precision=fp32, each in a new "
+                "run with another output folder"
             )
 
     # ---- log ----
@@ -222,9 +223,12 @@ class HybridTrainer(SavingTrainer):
         if there.keys() != here.keys():
             raise ValueError(f"the checkpoint {folder} was written by another version of this program: start anew")
         if there["step_rows"] != here["step_rows"]:
+            batch = self.config.batch
             raise ValueError(
-                f"the checkpoint {folder} was made with {there['step_rows']} rows a step (by stage), now they are "
-                f"{here['step_rows']}: change batch.accumulation so that they agree, or use batch.tokens_per_step"
+                f"batch.tokens_per_step={batch.tokens_per_step}, batch.sequences={batch.sequences} and "
+                f"batch.accumulation={batch.accumulation} on {self.args.world_size} ranks make {here['step_rows']} "
+                f"rows a step (by stage), but the checkpoint {folder} was made with {there['step_rows']}: "
+                f"{setup.same_steps(self.config, self.args.world_size, there['step_rows'])}"
             )
         if self.rows.streams and there["lanes"] != here["lanes"]:
             raise ValueError(
@@ -268,16 +272,7 @@ def train(
         return output
     model_settings = setup.model_config(config)
     build = build or setup.build_model
-    sequences, accumulation = setup.split_batch(config, setup.world_size())
-    stages = plan_stages(
-        config.data,
-        config.needles,
-        config.curriculum,
-        steps=config.steps,
-        sequences=sequences,
-        parts=accumulation * setup.world_size(),
-        tokens_per_step=config.batch.tokens_per_step,
-    )
+    stages, accumulation = setup.plan_steps(config, setup.world_size())
     check_data(config.data, stages)
     check_tokenizer_config(config.tokenizer)
     args = setup.training_arguments(
@@ -313,8 +308,6 @@ def _run(
     output: Path,
     resume: Path | None,
 ) -> Path:
-    if args.should_save:
-        save_config(config, output / "config.yaml")
     if config.gradient_checkpointing:
         # by the model itself, which restores dropout's random numbers; what Accelerate wraps around shards doesn't
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -328,6 +321,9 @@ def _run(
         trainer.add_callback(setup.tensorboard(output, resume))
     if resume is not None:
         trainer.load_progress(resume)
+    if args.should_save:
+        # only now: a refused continuation leaves the configuration of the run's checkpoints
+        save_config(config, output / "config.yaml")
     try:
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
         trainer.check_finite()

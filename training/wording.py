@@ -43,7 +43,7 @@ class NeedleConfig:
         [{value_type: number}, {value_type: uuid, keys: [1, 4]}]; empty: one kind.
     needle, preamble, question, prefix, answer: templates with {key}, {value}, {type} (number) and {types} (numbers);
         the `_many` forms serve questions with several answers. In all of them [one|another] is one of the two (or
-        more), drawn for each document.
+        more), drawn for each document; an empty one leaves the place out.
     """
 
     fraction: float = 0.0
@@ -106,23 +106,35 @@ def check_needles(config: NeedleConfig, name: str = "needles") -> None:
 
 
 def _check_templates(config: NeedleConfig, name: str) -> None:
-    wanted = {"needle": ("{key}", "{value}"), "question": ("{key}",), "answer": ("{value}",)}
+    asked = ("{key}",)
+    wanted = {"needle": ("{key}", "{value}"), "question": asked, "question_many": asked, "answer": ("{value}",)}
     for label in TEMPLATES:
         text = getattr(config, label)
+        offers = [one for match in ALTERNATIVES.finditer(text) for one in match[1].split("|")]
         try:
-            text.format(key="k", value="v", type="t", types="ts")
-        except (KeyError, IndexError, ValueError) as error:
+            for one in (text, *offers):
+                one.format(key="k", value="v", type="t", types="ts")
+        except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
             raise ValueError(
                 f"{name}.{label}={text!r} is no template ({error}): only {{key}}, {{value}}, {{type}} and {{types}} "
                 "can be filled in"
             ) from None
-        if re.search(r"\[.*\|.*\]", ALTERNATIVES.sub("", text)):
+        if _is_ambiguous(text):
             raise ValueError(
-                f"{name}.{label}={text!r} has brackets within [one|another]: write alternatives side by side"
+                f"{name}.{label}={text!r} has brackets within [one|another], or one that is never closed or opened: "
+                "write alternatives side by side"
             )
         for part in wanted.get(label, ()):
             if not _always_holds(text, part):
                 raise ValueError(f"{name}.{label}={text!r} lacks {part}: without it nothing can be asked")
+
+
+def _is_ambiguous(template: str) -> bool:
+    """Whether a bracket is left over beside a bar, without [one|another] and pairs of brackets such as [sic]."""
+    rest, before = ALTERNATIVES.sub("", template), None
+    while rest != before:
+        rest, before = re.sub(r"\[[^\[\]|]*\]", "", rest), rest
+    return "|" in rest and ("[" in rest or "]" in rest)
 
 
 def _always_holds(template: str, part: str) -> bool:

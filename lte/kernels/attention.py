@@ -1,7 +1,7 @@
 """Interval attention: key j is visible to the query at index i iff j <= i < end[j] (arXiv 2510.20787).
 
-A block of queries reads two kinds of key tiles: contiguous "near" tiles that cover the window, and tiles gathered
-from the list of "columns", the earlier keys that outlive their window. So a query costs window + kept keys.
+A block of queries reads two kinds of keys: contiguous "near" keys that cover the window, and "columns", the earlier
+keys that outlive their window, gathered through a list. So a query costs window + kept keys.
 
 Letters in shape suffixes: B batch, T query tokens, S keys, Q query heads, H KV heads, D head_dim, N = B·H,
 R = T·G rows (query token, head of the group), which is what a tile of queries consists of.

@@ -196,24 +196,43 @@ def test_a_full_disk_keeps_the_checkpoint_before(folder, monkeypatch):
     assert len(history(run)) == 12
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(folder):
+def build_spoilt(step, before=lambda: None):
+    """Builds a model whose loss turns NaN in the second micro-batch after `step` steps; `before` is called first."""
+
     def build(config, tokenizer):
         model = setup.build_model(config, tokenizer)
         calls = []
 
         def spoil(module, inputs):
             calls.append(1)
-            if len(calls) == 2 * 6 + 2:
+            if len(calls) == 2 * step + 2:
+                before()
                 module.weight.data[:] = float("nan")
 
         model.lm_head.register_forward_pre_hook(spoil)
         return model
 
+    return build
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(folder):
     with pytest.raises(NonFiniteLoss, match=r"not finite at step 7: .*checkpoint-4 is kept; lower optimizer\.lr"):
-        train(configured(folder), build)
+        train(configured(folder), build_spoilt(6))
     run = folder / "run"
     assert [p.name for p in checkpoints.checkpoints(run)] == ["checkpoint-4"]
     assert all(torch.isfinite(x).all() for x in load_file(run / "checkpoint-4" / "model.safetensors").values())
+
+
+@pytest.mark.parametrize(
+    ("damaged", "kept"), [([6], "checkpoint-3 is kept"), ([3, 6], "there is no whole checkpoint")]
+)
+def test_a_loss_that_is_not_finite_names_no_damaged_checkpoint(folder, damaged, kept):
+    def damage():
+        for step in damaged:
+            (folder / "run" / f"checkpoint-{step}" / "model.safetensors").write_bytes(b"")
+
+    with pytest.raises(NonFiniteLoss, match=rf"not finite at step 7: .*{kept}; lower optimizer\.lr"):
+        train(configured(folder, "checkpoint.every=3"), build_spoilt(6, damage))
 
 
 def test_folder_of_another_run(folder):
@@ -259,6 +278,30 @@ def test_a_checkpoint_goes_on_in_another_folder_only_as_configured(folder):
     train(configured(folder, *there, "checkpoint.every=1", "log.tensorboard=true"))
     (run / "log.jsonl").write_text("".join((run / "log.jsonl").read_text().splitlines(keepends=True)[4:]))
     assert_same_run(folder / "new", run)
+
+
+def test_steps_of_other_rows_are_refused_with_what_would_do(folder):
+    run = train(configured(folder, "steps=6"))
+    shutil.copytree(run, folder / "before")
+    shutil.rmtree(run / "checkpoint-6")
+    saved = (run / "config.yaml").read_text()
+    refused = (
+        r"^batch\.tokens_per_step=None, batch\.sequences=2 and batch\.accumulation=1 on 1 ranks make \[3, 2\] rows a "
+        r"step \(by stage\), but .*checkpoint-4 was made with \[6, 4\]: set batch\.tokens_per_step=384$"
+    )
+    with pytest.raises(ValueError, match=refused):
+        train(configured(folder, "steps=6", "batch.accumulation=1"))
+    assert (run / "config.yaml").read_text() == saved
+    train(configured(folder, "steps=6", "batch.accumulation=1", "batch.tokens_per_step=384"))
+    assert_same_run(run, folder / "before")
+
+
+def test_rows_that_no_number_of_tokens_makes(folder):
+    config = configured(folder, "steps=6")
+    assert setup.same_steps(config, 1, [6, 4]) == "set batch.tokens_per_step=384"
+    # steps of 448 and 480 tokens; 6 and 4 rows for 4 ranks
+    for world, rows in ((1, [7, 5]), (4, [6, 4])):
+        assert setup.same_steps(config, world, rows).startswith("go on with that run's batch settings")
 
 
 def test_newest_whole_checkpoint_is_taken(tmp_path):

@@ -10,7 +10,7 @@ from training.rows import IGNORED
 from training.sources import SourceConfig
 from training.store import open_store
 from training.tokenizer import train_tokenizer
-from training.wording import NeedleConfig, check_needles, wordings
+from training.wording import NeedleConfig, check_needles, choose_wording, wordings
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +159,32 @@ def test_alternatives_are_drawn_for_each_document(needle_tokenizer, store, hayst
 
 
 @pytest.mark.parametrize(
+    ("template", "texts"),
+    [
+        ("It [really |]is", {"It really is", "It is"}),
+        ("It [|]is", {"It is"}),
+        ("[sic] a | b [note]", {"[sic] a | b [note]"}),
+        ("[see [a|b]]", {"[see a]", "[see b]"}),
+        ("[[a]] b", {"[[a]] b"}),
+        ("a ] b [", {"a ] b ["}),
+        ("[a|b|c] [d|e]", {f"{one} {other}" for one in "abc" for other in "de"}),
+    ],
+)
+def test_what_brackets_stand_for(template, texts):
+    config = NeedleConfig(prefix=template)
+    check_needles(config)
+    rng = np.random.default_rng(0)
+    assert {choose_wording(rng, config).prefix for _ in range(99)} == texts
+
+
+def test_without_alternatives_nothing_is_drawn():
+    """So that documents of such recipes are those that they were before there were alternatives."""
+    rng, config = np.random.default_rng(0), NeedleConfig(prefix="[sic] It is")
+    assert choose_wording(rng, config) == config
+    assert rng.bit_generator.state == np.random.default_rng(0).bit_generator.state
+
+
+@pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"fraction": 1.5}, r"needles\.fraction=1\.5 is outside"),
@@ -173,6 +199,12 @@ def test_alternatives_are_drawn_for_each_document(needle_tokenizer, store, hayst
         ({"question": "[What of {key}?|What?]"}, r"needles\.question=.* lacks \{key\}"),
         ({"needle": "[{key} has {value}|{key} has [sic] {value}]"}, r"needles\.needle=.* has brackets within"),
         ({"answer": "[[{value}.|{value}]|{value}!]"}, r"needles\.answer=.* has brackets within"),
+        ({"prefix": "[It is\n[a]|One\nreads]"}, r"needles\.prefix=.* has brackets within"),
+        ({"prefix": "[It is|One reads"}, r"needles\.prefix=.* has brackets within .* never closed"),
+        ({"question_many": "[All of {key}?|All?]"}, r"needles\.question_many=.* lacks \{key\}"),
+        # whole it can be filled in, with "|" to pad the key, but neither alternative can
+        ({"prefix": "[{key:|<5} is]"}, r"needles\.prefix=.* is no template"),
+        ({"prefix": "{key.name} is"}, r"needles\.prefix=.* is no template"),
     ],
 )
 def test_bad_settings_are_named(fields, message):
