@@ -162,10 +162,11 @@ class HybridTrainer(SavingTrainer):
         if step >= 0:
             last = checkpoints.whole(Path(self.args.output_dir))
             kept = f"{last[-1]} is kept" if last else "there is no whole checkpoint"
+            precise = ", or use precision=fp32" if self.config.precision != "fp32" else ""
             raise NonFiniteLoss(
                 f"the loss is not finite at step {step}: {kept}; lower optimizer.lr (now "
-                f"{self.config.optimizer.lr:g}), raise optimizer.warmup_steps, or use precision=fp32, each in a new "
-                "run with another output folder"
+                f"{self.config.optimizer.lr:g}), raise optimizer.warmup_steps{precise}, each in a new run with another "
+                "output folder"
             )
 
     # ---- log ----

@@ -43,7 +43,7 @@ class NeedleConfig:
         [{value_type: number}, {value_type: uuid, keys: [1, 4]}]; empty: one kind.
     needle, preamble, question, prefix, answer: templates with {key}, {value}, {type} (number) and {types} (numbers);
         the `_many` forms serve questions with several answers. In all of them [one|another] is one of the two (or
-        more), drawn for each document; an empty one leaves the place out.
+        more), drawn for each document; an empty one leaves the place out. YAML wants quotes around brackets.
     """
 
     fraction: float = 0.0

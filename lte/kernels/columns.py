@@ -322,7 +322,7 @@ def build_schedule(
     Two launches, the first for the list of all columns; one if not `listed`, where every span looks at all earlier
     keys instead of the columns among them.
     A span covers at least `span_tokens` tokens, and there are at most head_dim of them: the lists take no more
-    memory than k and v do in bfloat16. `scan` is the number of keys looked at in one step.
+    memory than k and v do in bfloat16. A program of the first launch lists `scan` keys.
     """
     columns = list_columns(end_NS, sizes, tile.keys, scan=scan) if sizes.has_columns and listed else None
     blocks = ceil_div(sizes.tokens * sizes.group, tile.rows)
