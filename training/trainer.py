@@ -165,8 +165,8 @@ class HybridTrainer(SavingTrainer):
             precise = ", or use precision=fp32" if self.config.precision != "fp32" else ""
             raise NonFiniteLoss(
                 f"the loss is not finite at step {step}: {kept}; lower optimizer.lr (now "
-                f"{self.config.optimizer.lr:g}), raise optimizer.warmup_steps{precise}, each in a new run with another "
-                "output folder"
+                f"{self.config.optimizer.lr:g}), raise optimizer.warmup_steps{precise}, each in a new run with "
+                "another output folder"
             )
 
     # ---- log ----
