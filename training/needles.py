@@ -54,6 +54,7 @@ class NeedleMaker:
         kind = kind_of(config)
         self.names = {"type": kind, "types": kind + "s"}
         self.noise = self._noise_lines()
+        self.heads: dict[str, list[int]] = {}
         self.sentence_end, self.word_start = _token_shapes(tokenizer) if "text" in config.haystacks else (None, None)
         self.least = self._check_room(name)
 
@@ -127,7 +128,11 @@ class NeedleMaker:
         return template.format(**parts, **self.names)
 
     def _head(self, c: NeedleConfig) -> list[int]:
-        return self.tokenizer(self._fill(c, "preamble") + "\n", add_special_tokens=False)["input_ids"]
+        """Ids of the preamble; there are few, so each is encoded once."""
+        text = self._fill(c, "preamble") + "\n"
+        if text not in self.heads:
+            self.heads[text] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self.heads[text]
 
     def _encode(self, texts: list[str], anchor: str) -> list[list[int]]:
         """Ids of texts as they stand in running text: each begins with `anchor`, whose own ids are cut off."""
