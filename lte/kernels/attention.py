@@ -69,12 +69,31 @@ SINGLE_TILES = {
 }
 
 
+STEEP = tl.constexpr(2.0**100)  # masks bound scores by half of it: no score of finite inputs worth having is larger
+
+
 @triton.jit
-def _softmax_step(acc, total, peak, q, k, v, i, j, e, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+def _lifetimes(j, e, origin):
+    """Middle and half length of the spans [j, e) in which keys are seen, from origin, times STEEP.
+
+    Exact, since distances are cut to 2**20: a block of queries is shorter, and twice that has 22 bits.
+    """
+    LONG: tl.constexpr = 2**20
+    a = tl.minimum(tl.maximum(j - origin, -LONG), LONG).to(tl.float32)
+    b = tl.minimum(tl.maximum(e - origin, -LONG), LONG).to(tl.float32)
+    return (a + b - 1.0) * (0.5 * STEEP), (b - a) * (0.5 * STEEP)
+
+
+@triton.jit
+def _softmax_step(acc, total, peak, q, k, v, i, middle, half, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    """Adds keys to a block's sums. MASKED: row i sees those with |i - middle| < half, all three times STEEP."""
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if MASKED:  # the bound is at least STEEP / 2 in size, so scores stay or fall out of sight; no comparisons
+        s = tl.minimum(s, half[None, :] - tl.abs(i[:, None] - middle[None, :]), propagate_nan=tl.PropagateNan.ALL)
+    highest = tl.max(s, 1)
     if MASKED:
-        s = tl.where((j[None, :] <= i[:, None]) & (i[:, None] < e[None, :]), s, float("-inf"))
-    new_peak = tl.maximum(peak, tl.max(s, 1) * scale)
+        highest = tl.where(highest < -0.25 * STEEP, float("-inf"), highest)
+    new_peak = tl.maximum(peak, highest * scale)
     base = new_peak
     if MASKED:  # a row that has seen no key yet: keep -inf - -inf out
         base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
@@ -110,7 +129,7 @@ def _forward_kernel(
 
     row = block * ROWS + tl.arange(0, ROWS)
     in_rows = row < tokens * GROUP
-    i = first + row // GROUP
+    steep = (row // GROUP - t_first).to(tl.float32) * STEEP
     q_at = q_ptr + b * q_b + h * GROUP * q_h
     q = load_tile(q_at, row_offsets(row, q_t, q_h, GROUP), 1, in_rows, DIM, PAD_DIM, True)
     acc = tl.zeros([ROWS, PAD_DIM], tl.float32)
@@ -125,18 +144,19 @@ def _forward_kernel(
         for at in range(0, full_columns, KEYS):
             j = tl.load(columns_ptr + at + lane).to(tl.int64)
             k, v = load_key_tile(k_ptr, v_ptr, j, k_t, v_t, None, DIM, PAD_DIM, False)
-            acc, total, peak = _softmax_step(acc, total, peak, q, k, v, i, j, j, scale, False, PRECISION)
+            acc, total, peak = _softmax_step(acc, total, peak, q, k, v, steep, steep, steep, scale, False, PRECISION)
     for tile in range(full, diagonal):
         start = (tile * KEYS - pad).to(tl.int64)
         k, v = load_key_tile(k_ptr + start * k_t, v_ptr + start * v_t, lane, k_t, v_t, None, DIM, PAD_DIM, False)
-        acc, total, peak = _softmax_step(acc, total, peak, q, k, v, i, lane, lane, scale, False, PRECISION)
+        acc, total, peak = _softmax_step(acc, total, peak, q, k, v, steep, steep, steep, scale, False, PRECISION)
     for at in range(full_columns, ranks, KEYS):
         j = ranked_keys(at + lane, columns_ptr, lasting, passing, capacity, rim, low, upper)
         inside = at + lane < ranks
         e = tl.load(end_ptr + j, mask=inside, other=0)
         k, v = load_key_tile(k_ptr, v_ptr, j.to(tl.int64), k_t, v_t, inside, DIM, PAD_DIM, True)
         latest = upper + at + lane - (lasting + passing + low)  # j from `upper` on, which is what the mask asks
-        acc, total, peak = _softmax_step(acc, total, peak, q, k, v, i, latest, e, scale, True, PRECISION)
+        middle, half = _lifetimes(latest, e, first + t_first)
+        acc, total, peak = _softmax_step(acc, total, peak, q, k, v, steep, middle, half, scale, True, PRECISION)
 
     empty = total == 0.0
     out = acc / tl.where(empty, 1.0, total)[:, None]
