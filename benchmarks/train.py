@@ -83,6 +83,8 @@ def set_density(model: nn.Module, ids: Tensor, rounds: int = 3) -> float:
 def check(system: str, device: torch.device) -> None:
     """The tiny model's training loss and gradients on the device, in bfloat16 there, against float32 on the CPU.
 
+    Both have the same weights, rounded to bfloat16: rounding them alone moves a gradient of this model by up to 25 %.
+
     Raises: Disagreement.
     """
     config = model_config(system, "tiny", initializer_range=0.1, vocab_size=512, **_without_dropout(system))
@@ -91,6 +93,7 @@ def check(system: str, device: torch.device) -> None:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     other = build_model(config, device, dtype).train()
     other.load_state_dict(exact.state_dict())
+    exact.load_state_dict(other.state_dict())
     losses, norms = [], []
     for model in (exact, other):
         loss = model(ids.to(model.device), labels=ids.to(model.device)).lm_loss

@@ -275,20 +275,40 @@ SIZES = [(64, 64), (60, 120), (256, 256)]
 LENGTHS = [1, 63, 130]
 
 
-def gradient_errors(kernel, pytorch):
-    """Relative RMS of the gradient of every input, by name."""
-    return {name: relative_rms(a.grad, e.grad) for name, a, e in zip(NAMES, kernel, pytorch, strict=False)}
+def require_gradients(names, kernel, pytorch):
+    """The gradients of these inputs agree to 1 % (relative RMS)."""
+    errors = {name: relative_rms(a.grad, e.grad) for name, a, e in zip(NAMES, kernel, pytorch, strict=False)}
+    wrong = {name: f"{errors[name]:.4f}" for name in names if not errors[name] <= 1e-2}
+    assert not wrong, wrong
 
 
-def run_both(length, key_dim, value_dim, dtype):
-    """Inputs of the kernels and of the float32 form, with gradients, after both agreed forward."""
-    inputs = cuda_inputs(length, key_dim, value_dim, dtype=dtype)
+def random_gradients(outputs):
+    generator = torch.Generator("cuda").manual_seed(1)
+    return [torch.randn(x.shape, generator=generator, device="cuda") for x in outputs]
+
+
+def run_both(inputs, upstream, cu_seqlens=None):
+    """Inputs of the kernels and of the float32 form, with gradients, after both agreed forward.
+
+    Args:
+        inputs: of `cuda_inputs`, with the state or without.
+        upstream: the expected outputs -> gradients of the loss with respect to them.
+        cu_seqlens: boundaries of packed documents.
+    """
     kernel, pytorch = ([x.detach().clone().requires_grad_() for x in inputs] for _ in range(2))
-    actual = fla_adapter.gated_delta_rule(*kernel[:7], initial_state_NHKV=kernel[7], output_final_state=True)
-    expected = pytorch_form(*pytorch)
+    state = len(inputs) > 7
+    actual = fla_adapter.gated_delta_rule(
+        *kernel[:7],
+        initial_state_NHKV=kernel[7] if state else None,
+        output_final_state=state,
+        cu_seqlens=cu_seqlens,
+    )
+    layout = None if cu_seqlens is None else Layout(cu_seqlens=cu_seqlens)
+    expected = pytorch_form(*pytorch[:7], pytorch[7] if state else None, layout)
+    actual, expected = ([x for x in pair if x is not None] for pair in (actual, expected))
     for a, e in zip(actual, expected, strict=True):
         assert relative_rms(a, e) <= 5e-3
-    grads = [torch.randn_like(x) for x in expected]
+    grads = upstream(expected)
     torch.autograd.backward(actual, [g.to(x.dtype) for g, x in zip(grads, actual, strict=True)])
     torch.autograd.backward(expected, grads)
     return kernel, pytorch
@@ -299,36 +319,43 @@ def run_both(length, key_dim, value_dim, dtype):
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize(("key_dim", "value_dim"), SIZES)
 def test_kernels_agree(length, key_dim, value_dim, dtype):
-    errors = gradient_errors(*run_both(length, key_dim, value_dim, dtype))
-    held = [name for name in NAMES if dtype == torch.float16 or name not in GATES]
-    assert all(errors[name] <= 1e-2 for name in held), errors
+    both = run_both(cuda_inputs(length, key_dim, value_dim, dtype=dtype), random_gradients)
+    require_gradients([name for name in NAMES if dtype == torch.float16 or name not in GATES], *both)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize(("key_dim", "value_dim"), SIZES)
+def test_gradients_of_half_the_squared_norm(length, key_dim, value_dim, dtype):
+    """Those of the gates add up over tokens here; with random gradients above they cancel."""
+    both = run_both(
+        cuda_inputs(length, key_dim, value_dim, dtype=dtype), lambda outputs: [x.detach() for x in outputs]
+    )
+    require_gradients(NAMES, *both)
 
 
 @pytest.mark.gpu
 @pytest.mark.xfail(
     strict=True,
-    reason="gradients of decay and strength by flash-linear-attention 0.6 are 2 % off in bfloat16 (docs/numerics.md)",
+    reason="random gradients of decay and strength by flash-linear-attention 0.6 are 2 % off in bfloat16 "
+    "(docs/numerics.md)",
 )
-def test_gradients_of_decay_and_strength_in_bfloat16():
+def test_random_gradients_of_decay_and_strength_in_bfloat16():
     for length in LENGTHS:
         for key_dim, value_dim in SIZES:
-            errors = gradient_errors(*run_both(length, key_dim, value_dim, torch.bfloat16))
-            assert all(errors[name] <= 1e-2 for name in GATES), errors
+            require_gradients(GATES, *run_both(cuda_inputs(length, key_dim, value_dim), random_gradients))
 
 
 @pytest.mark.gpu
-def test_kernels_agree_on_packed_documents():
-    inputs = cuda_inputs(sum(DOCUMENTS), 64, 64, batch=1)[:7]
-    kernel, pytorch = ([x.detach().clone().requires_grad_() for x in inputs] for _ in range(2))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_kernels_agree_on_packed_documents(dtype):
+    inputs = cuda_inputs(sum(DOCUMENTS), 64, 64, batch=1, dtype=dtype)[:7]
     cu_seqlens = F.pad(torch.tensor(DOCUMENTS), (1, 0)).cumsum(0).int().cuda()
-    actual, _ = fla_adapter.gated_delta_rule(*kernel, cu_seqlens=cu_seqlens)
-    expected, _ = pytorch_form(*pytorch, None, Layout(cu_seqlens=cu_seqlens))
-    assert relative_rms(actual, expected) <= 5e-3
-    grad = torch.randn_like(expected)
-    actual.backward(grad.to(actual.dtype))
-    expected.backward(grad)
-    errors = gradient_errors(kernel, pytorch)
-    assert all(error <= 1e-2 for error in errors.values()), errors
+    names = NAMES[:7]
+    require_gradients(names, *run_both(inputs, lambda outputs: [x.detach() for x in outputs], cu_seqlens))
+    held = [name for name in names if dtype == torch.float16 or name not in GATES]
+    require_gradients(held, *run_both(inputs, random_gradients, cu_seqlens))
 
 
 @pytest.mark.gpu
