@@ -18,7 +18,7 @@ from lte.layout import Layout, check_cu_seqlens
 from lte.visibility import lifetimes
 
 BACKENDS = ("auto", "reference", "flex", "triton")
-STRAIGHT_THROUGH = ("all", "beyond_window")
+STRAIGHT_THROUGH = ("all", "beyond_window", "weight_beyond_window")
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -40,7 +40,7 @@ def retained_attention(
     """Causal attention under the visibility rule (arXiv 2510.20787; sinks: arXiv 2309.17453).
 
     Differentiable in q, k, v, and in logits by the straight-through estimator: a logit receives the gradient that
-    it would have if v had been multiplied by sigmoid(logit).
+    it would have if v, or the key's softmax weight, had been multiplied by sigmoid(logit).
 
     Args:
         q: queries [B, T, N, D].
@@ -56,7 +56,9 @@ def retained_attention(
             "zero sink", arXiv 2309.17453 equation 2).
         backend: `reference` (PyTorch), `flex` (FlexAttention), `triton`, or `auto`: triton on CUDA, else reference.
         gradient_from: the queries from which a logit gets its gradient: `all` that read its key (as in the paper), or
-            `beyond_window`: those that read it because it is retained. Not with `flex`.
+            `beyond_window`: those that read it because it is retained; or `weight_beyond_window`: these, and the
+            gradient of a factor of the key's softmax weight, whose loss is the other keys' gain, instead of its
+            value. The latter two not with `flex`.
 
     Returns:
         [B, T, N, D] in q's dtype.
@@ -94,6 +96,7 @@ def retained_attention(
         backend=backend,
         cu_seqlens=cu_seqlens,
         logits=logits,
+        of_weight=gradient_from == "weight_beyond_window",
     )
 
 
@@ -109,6 +112,7 @@ def interval_attention(
     backend: str = "auto",
     cu_seqlens: Tensor | None = None,
     logits: Tensor | None = None,
+    of_weight: bool = False,
 ) -> Tensor:
     """Attention in which key j serves the queries j, j + 1, …, end[j] - 1.
 
@@ -122,6 +126,7 @@ def interval_attention(
         cu_seqlens: schedule hint: no key is visible across these boundaries (as `end` says already).
         logits: [B, K, H], with K = Q: they get a straight-through gradient from the queries i >= j + window alone,
             so that the window is no mere hint then.
+        of_weight: that gradient is of a factor of the key's softmax weight, not of its value.
 
     Returns:
         [B, Q, N, D]; zero where no key is visible.
@@ -145,7 +150,9 @@ def interval_attention(
         from lte.kernels.attention import interval_attention as triton_attention
 
         window = keys if window is None else min(window, keys)
-        return triton_attention(q, k, v, end, window=window, scale=scale, off_by_one=off_by_one, logits=logits)
+        return triton_attention(
+            q, k, v, end, window=window, scale=scale, off_by_one=off_by_one, logits=logits, of_weight=of_weight
+        )
     if backend == "flex":
         if logits is not None:
             raise ValueError("backend='flex' has no gradient from beyond the window alone; use triton or reference")
@@ -155,7 +162,7 @@ def interval_attention(
         out = _reference(q, k, v, end, scale, off_by_one)
         if logits is None or window is None:
             return out
-        return _BeyondWindow.apply(out, logits, q, k, v, end, window, scale, off_by_one)
+        return _BeyondWindow.apply(out, logits, q, k, v, end, window, scale, off_by_one, of_weight)
 
     if cu_seqlens is None:
         return attend(q, k, v, end, logits)
@@ -208,7 +215,7 @@ def through_values(
     Args:
         v: [B, T, H, D].
         logits: [B, T, H].
-        gradient_from: `all` queries that read a key, or those `beyond_window`; then sinks, which are read in any
+        gradient_from: of STRAIGHT_THROUGH. From beyond the window, sinks, which are read in any
             case, give none.
     """
     if gradient_from == "all":
@@ -222,27 +229,41 @@ class _BeyondWindow(torch.autograd.Function):
     """An attention's output as it is; to logits the gradient of a factor that only queries i >= j + window see."""
 
     @staticmethod
-    def forward(ctx, out: Tensor, logits_BKH: Tensor, q, k, v, end, window: int, scale: float, off_by_one: bool):
+    def forward(
+        ctx,
+        out: Tensor,
+        logits_BKH: Tensor,
+        q,
+        k,
+        v,
+        end,
+        window: int,
+        scale: float,
+        off_by_one: bool,
+        of_weight: bool,
+    ):
         ctx.save_for_backward(logits_BKH, q, k, v, end)
-        ctx.numbers = window, scale, off_by_one
+        ctx.numbers = window, scale, off_by_one, of_weight
         return out.view_as(out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_BQND: Tensor):
         logits_BKH, q, k, v, end = ctx.saved_tensors
-        window, scale, off_by_one = ctx.numbers
+        window, scale, off_by_one, of_weight = ctx.numbers
         queries, heads = q.shape[1], k.shape[2]
         dtype = torch.promote_types(q.dtype, torch.float32)
         q, grad = (x.to(dtype).unflatten(2, (heads, -1)) for x in (q, grad_BQND))
         score_BHGQK, read_BHGQK = (torch.einsum("bqhgd,bkhd->bhgqk", a, b.to(dtype)) for a, b in ((q, k), (grad, v)))
         seen_BH1QK = visible_pairs(end, queries)[:, :, None]
         weight_BHGQK = softmax_weights((score_BHGQK * scale).masked_fill(~seen_BH1QK, -torch.inf), off_by_one)
+        if of_weight:
+            read_BHGQK = read_BHGQK - (weight_BHGQK * read_BHGQK).sum(-1, keepdim=True)
         index_Q = torch.arange(queries, device=q.device)
         far_QK = index_Q[:, None] >= index_Q + window
         far_BKH = (weight_BHGQK * read_BHGQK * far_QK).sum((2, 3)).transpose(1, 2)
         r_BKH = logits_BKH.to(dtype).sigmoid()
-        return grad_BQND, (far_BKH * r_BKH * (1 - r_BKH)).to(logits_BKH.dtype), *[None] * 7
+        return grad_BQND, (far_BKH * r_BKH * (1 - r_BKH)).to(logits_BKH.dtype), *[None] * 8
 
 
 def visible_pairs(end: Tensor, queries: int) -> Tensor:

@@ -268,4 +268,5 @@ class RetainedAttention(Mixer):
             backend=self.backend,
             cu_seqlens=None if rotated else context.cu_seqlens,
             logits=logits,
+            of_weight=self.gradient_from == "weight_beyond_window",
         )

@@ -55,7 +55,8 @@ class HybridConfig(PreTrainedConfig):
         scorer_sharing: `none` (one stack a KV head), `heads` (one a layer) or `layers` (one for the whole model).
         scorer_lr_scale: factor of the scorer's learning rate.
         straight_through: queries from which a token's retention logit gets its gradient: `all` that read the token
-            (as in the paper), or `beyond_window`, those that read it because it is retained (docs/algorithm.md).
+            (as in the paper), or `beyond_window`, those that read it because it is retained; in both cases that of a
+            factor of the token's value. `weight_beyond_window`: of its softmax weight (docs/algorithm.md).
         keep_all_steps: optimizer steps at the start during which everything is kept and the scorer isn't trained.
         penalty_interval, penalty_min, penalty_max: the control of the L1 penalty's weight (lte/sparsity.py).
         gdn_num_heads, gdn_head_dim, gdn_expand_v, gdn_conv_size: of the Gated DeltaNet layers.
@@ -238,16 +239,16 @@ class HybridConfig(PreTrainedConfig):
             raise ValueError(
                 "softmax_off_by_one=true is not defined for nsa layers; leave it out, or use attention layers"
             )
-        if self.straight_through == "beyond_window":
+        if self.straight_through != "all":
             if self.position_encoding == "rope_in_cache":
                 raise ValueError(
-                    "straight_through='beyond_window' is not defined for position_encoding='rope_in_cache'; use "
-                    "'rope' or 'none', or straight_through='all'"
+                    f"straight_through={self.straight_through!r} is not defined for "
+                    "position_encoding='rope_in_cache'; use 'rope' or 'none', or straight_through='all'"
                 )
             if self.attention_backend == "flex":
                 raise ValueError(
-                    "straight_through='beyond_window' has no gradient in attention_backend='flex'; use 'auto', "
-                    "'reference' or 'triton'"
+                    f"straight_through={self.straight_through!r} has no gradient in attention_backend='flex'; use "
+                    "'auto', 'reference' or 'triton'"
                 )
         if not float(self.gdn_head_dim * self.gdn_expand_v).is_integer() or self.gdn_expand_v <= 0:
             raise ValueError(

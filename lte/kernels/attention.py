@@ -252,10 +252,10 @@ def _forward(
 
 class _IntervalAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, end_NS, logits_BSH, sizes, tiles):
+    def forward(ctx, q, k, v, end_NS, logits_BSH, of_weight, sizes, tiles):
         out, lse_NR, plan = _forward(q, k, v, end_NS, sizes, tiles, gradients=True)
         ctx.save_for_backward(q, k, v, out, lse_NR, end_NS, logits_BSH)
-        ctx.sizes, ctx.tiles, ctx.plan = sizes, tiles, plan
+        ctx.sizes, ctx.tiles, ctx.plan, ctx.of_weight = sizes, tiles, plan, of_weight
         return out
 
     @staticmethod
@@ -279,13 +279,14 @@ class _IntervalAttention(torch.autograd.Function):
                 span_tokens=tiles.span_tokens,
                 scan=tiles.scan,
                 with_far=logits_BSH is not None,
+                of_weight=ctx.of_weight,
             )
         dlogits = None
         if logits_BSH is not None:
             r_BSH = logits_BSH.float().sigmoid()
             far_BSH = far_NS.view(-1, ctx.sizes.heads, ctx.sizes.keys).transpose(1, 2)
             dlogits = (far_BSH * r_BSH * (1 - r_BSH)).to(logits_BSH.dtype)
-        return dq, dk, dv, None, dlogits, None, None
+        return dq, dk, dv, None, dlogits, None, None, None
 
 
 def _unit_stride(x: Tensor) -> Tensor:
@@ -303,6 +304,7 @@ def interval_attention(
     off_by_one: bool = False,
     offset: int | None = None,
     logits: Tensor | None = None,
+    of_weight: bool = False,
     tiles: Tiles | None = None,
 ) -> Tensor:
     """Causal attention in which every key has a last query (arXiv 2510.20787, section 3), differentiable in q, k, v.
@@ -321,6 +323,7 @@ def interval_attention(
         offset: keys below it are cache slots, whose ends have nothing to do with their place; None: S − T.
         logits: [B, S, H] retention logits, with S = T, which get a straight-through gradient from the queries at
             least `window` tokens behind: there, `window` does decide.
+        of_weight: that gradient is of a factor of the key's softmax weight, not of its value.
         tiles: tile shapes; None: the fixed table's entry for head_dim and dtype.
 
     Returns:
@@ -355,5 +358,5 @@ def interval_attention(
     q, k, v = (_unit_stride(x) for x in (q, k, v))
     tiles = tiles or _choose_tiles(q)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, logits) if x is not None):
-        return _IntervalAttention.apply(q, k, v, end_NS, logits, sizes, tiles)
+        return _IntervalAttention.apply(q, k, v, end_NS, logits, of_weight, sizes, tiles)
     return _forward(q, k, v, end_NS, sizes, tiles, gradients=False)[0]

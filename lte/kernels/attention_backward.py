@@ -6,7 +6,8 @@ visible pair is counted once. Column sums are left in the gradients themselves o
 the near kernel runs last and adds them. Letters as in lte/kernels/attention.py; S^T, P^T are [keys, rows] tiles.
 
 With FAR both also sum, for each key, P^T * dP^T over the rows beyond the key's window: the gradient of a factor of
-the value that only those rows see. Rows of the column kernel all lie there.
+the value that only those rows see. With OF_WEIGHT they sum dS^T: that of a factor of the softmax weight. Rows of the
+column kernel all lie there.
 """
 
 import torch
@@ -107,7 +108,10 @@ def _query_kernel(
 
 
 @triton.jit
-def _key_step(dk, dv, k, v, q, do, lse, delta, keep, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+def _key_step(
+    dk, dv, k, v, q, do, lse, delta, keep, scale,
+    MASKED: tl.constexpr, OF_WEIGHT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
     p = tl.math.exp2(s * scale - lse[None, :])
     if MASKED:
@@ -116,7 +120,7 @@ def _key_step(dk, dv, k, v, q, do, lse, delta, keep, scale, MASKED: tl.constexpr
     dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
     ds = p * (dp - delta[None, :])
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-    return dk, dv, p * dp
+    return dk, dv, ds if OF_WEIGHT else p * dp
 
 
 @triton.jit
@@ -142,7 +146,7 @@ def _column_kernel(
     partial_ptr, far_partial_ptr, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h, tokens, keys, offset,
     first, window, tiles, slots, scale_log2, scale, batch_heads,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PAD_DIM: tl.constexpr, ROWS: tl.constexpr,
-    KEYS: tl.constexpr, FAR: tl.constexpr, PRECISION: tl.constexpr,
+    KEYS: tl.constexpr, FAR: tl.constexpr, OF_WEIGHT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     n = (tl.program_id(0) % batch_heads).to(tl.int64)
     slot = tl.program_id(0) // batch_heads
@@ -185,9 +189,9 @@ def _column_kernel(
                 q_ptr, do_ptr, lse_ptr, delta_ptr, block, q_t, q_h, do_t, do_h, rows,
                 GROUP, DIM, PAD_DIM, ROWS, False,
             )  # fmt: skip
-            dk, dv, pdp = _key_step(dk, dv, k, v, q, do, lse, delta, None, scale_log2, False, PRECISION)
+            dk, dv, late = _key_step(dk, dv, k, v, q, do, lse, delta, None, scale_log2, False, OF_WEIGHT, PRECISION)
             if FAR:
-                far += tl.sum(pdp, 1)
+                far += tl.sum(late, 1)
         for step in range(0, full - lo + tl.maximum(hi - full_stop, 0)):
             block = tl.where(step < full - lo, lo + step, full_stop + step - (full - lo))
             q, do, lse, delta = load_row_block(
@@ -196,9 +200,9 @@ def _column_kernel(
             )  # fmt: skip
             i = first + (block * ROWS + tl.arange(0, ROWS)) // GROUP
             keep = (start <= block)[:, None] & (i[None, :] < e[:, None])
-            dk, dv, pdp = _key_step(dk, dv, k, v, q, do, lse, delta, keep, scale_log2, True, PRECISION)
+            dk, dv, late = _key_step(dk, dv, k, v, q, do, lse, delta, keep, scale_log2, True, OF_WEIGHT, PRECISION)
             if FAR:
-                far += tl.sum(pdp, 1)
+                far += tl.sum(late, 1)
 
         dk = dk * scale
         dim = tl.arange(0, PAD_DIM)
@@ -224,7 +228,8 @@ def _near_kernel(
     far_partial_ptr, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h, tokens, keys, offset, first,
     window, tiles, slots, scale_log2, scale, batch_heads,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PAD_DIM: tl.constexpr, ROWS: tl.constexpr,
-    KEYS: tl.constexpr, HAS_COLUMNS: tl.constexpr, FAR: tl.constexpr, PRECISION: tl.constexpr,
+    KEYS: tl.constexpr, HAS_COLUMNS: tl.constexpr, FAR: tl.constexpr, OF_WEIGHT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     n = (tl.program_id(0) % batch_heads).to(tl.int64)
     tile = tl.program_id(0) // batch_heads
@@ -262,10 +267,10 @@ def _near_kernel(
             q_ptr, do_ptr, lse_ptr, delta_ptr, block, q_t, q_h, do_t, do_h, rows,
             GROUP, DIM, PAD_DIM, ROWS, False,
         )  # fmt: skip
-        dk, dv, pdp = _key_step(dk, dv, k, v, q, do, lse, delta, None, scale_log2, False, PRECISION)
+        dk, dv, late = _key_step(dk, dv, k, v, q, do, lse, delta, None, scale_log2, False, OF_WEIGHT, PRECISION)
         if FAR:
             i = first + (block * ROWS + tl.arange(0, ROWS)) // GROUP
-            far += tl.sum(tl.where(i[None, :] >= j[:, None] + window, pdp, 0.0), 1)
+            far += tl.sum(tl.where(i[None, :] >= j[:, None] + window, late, 0.0), 1)
     for step in range(0, full - lo + hi - full_stop):
         block = tl.where(step < full - lo, lo + step, full_stop + step - (full - lo))
         q, do, lse, delta = load_row_block(
@@ -274,9 +279,9 @@ def _near_kernel(
         )  # fmt: skip
         i = first + (block * ROWS + tl.arange(0, ROWS)) // GROUP
         keep = (j[:, None] <= i[None, :]) & (i[None, :] < e[:, None])
-        dk, dv, pdp = _key_step(dk, dv, k, v, q, do, lse, delta, keep, scale_log2, True, PRECISION)
+        dk, dv, late = _key_step(dk, dv, k, v, q, do, lse, delta, keep, scale_log2, True, OF_WEIGHT, PRECISION)
         if FAR:
-            far += tl.sum(tl.where(i[None, :] >= j[:, None] + window, pdp, 0.0), 1)
+            far += tl.sum(tl.where(i[None, :] >= j[:, None] + window, late, 0.0), 1)
 
     dk = dk * scale
     dim = tl.arange(0, PAD_DIM)
@@ -325,11 +330,13 @@ def attention_backward(
     span_tokens: int,
     scan: int,
     with_far: bool,
+    of_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dq, dk, dv from the forward pass's tensors; `lse_NR` is in base 2, +inf where a row sees no key.
 
     `plan` is the forward pass's schedule, used again as far as the tiles agree. The last result, if `with_far`, is
-    each key's part of sum(dv * v) that comes from queries at least `window` tokens behind it, float32 [N, S].
+    each key's part of sum(dv * v) that comes from queries at least `window` tokens behind it, float32 [N, S]; with
+    `of_weight`, the sum of those queries' gradients of its score.
     """
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3])
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -357,7 +364,9 @@ def attention_backward(
     column_tiles = ceil_div(sizes.keys, width)
     slots = max(column_tiles // 2, 1)
     numbers = (*border, tiles, slots, *scales, heads)
-    options = dict(sizes.constants(), ROWS=key_tile.rows, KEYS=width, FAR=with_far, **key_tile.options())
+    options = dict(
+        sizes.constants(), ROWS=key_tile.rows, KEYS=width, FAR=with_far, OF_WEIGHT=of_weight, **key_tile.options()
+    )
     if columns is not None:
         if columns.width != width:
             columns = list_columns(end_NS, sizes, width, scan=scan)

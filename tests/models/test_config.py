@@ -53,7 +53,7 @@ REQUIRED = [name for name in COUNTS if "nsa" not in name]
         ({"retention": "none"}, r"budget=3 has nothing to fill it"),
         ({"position_encoding": "alibi"}, r"position_encoding='alibi' is unknown"),
         ({"scorer_sharing": "all"}, r"scorer_sharing='all' is unknown"),
-        ({"straight_through": "some"}, r"straight_through='some' is unknown; use one of all, beyond_window"),
+        ({"straight_through": "some"}, r"straight_through='some' is unknown; use one of all, beyond_window, weight_"),
         (
             {"straight_through": "beyond_window", "position_encoding": "rope_in_cache"},
             r"straight_through='beyond_window' is not defined for position_encoding='rope_in_cache'",

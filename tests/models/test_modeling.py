@@ -381,7 +381,7 @@ def test_keep_all_steps():
     assert_close(model.eval()(ids).logits, run_in_pieces(model, ids, [60]))
 
 
-def late_gradients(ids, straight_through="beyond_window", scale=1.0, **kwargs):
+def gradients(ids, straight_through, scale=1.0, **kwargs):
     """Logits of one forward pass, and the gradients of `scale` times its loss: all, and those of the last scorer."""
     model = trainable(straight_through=straight_through)
     output = model(ids, labels=ids, **kwargs)
@@ -390,20 +390,21 @@ def late_gradients(ids, straight_through="beyond_window", scale=1.0, **kwargs):
     return output.logits, torch.cat([p.grad.flatten() for p in model.parameters()]), [p.grad for p in scorer]
 
 
-def test_the_scorer_may_learn_from_late_readers_only():
+@pytest.mark.parametrize("straight_through", ["beyond_window", "weight_beyond_window"])
+def test_the_scorer_may_learn_from_late_readers_only(straight_through):
     """Then texts that fit into the window teach it nothing, packed ones what each does, and the output stays."""
     ids = make_ids(1, 60)
-    logits, _, from_all = late_gradients(ids, "all")
-    again, _, from_late = late_gradients(ids)
+    logits, _, from_all = gradients(ids, "all")
+    again, _, from_late = gradients(ids, straight_through)
     assert torch.equal(logits, again)
     for a, b in zip(from_all, from_late, strict=True):
         assert (a - b).abs().max() > 0.01 * a.abs().max() > 0
         assert b.any()
-    assert not any(grad.any() for grad in late_gradients(ids[:, :17])[2])
-    assert all(grad.any() for grad in late_gradients(ids[:, :17], "all")[2])
+    assert not any(grad.any() for grad in gradients(ids[:, :17], straight_through)[2])
+    assert all(grad.any() for grad in gradients(ids[:, :17], "all")[2])
     bounds = [0, 31, 60]
-    _, packed, late = late_gradients(ids, cu_seqlens=torch.tensor(bounds), scale=58 * 1e4)
-    pieces = [late_gradients(ids[:, a:b], scale=(b - a - 1) * 1e4) for a, b in pairwise(bounds)]
+    _, packed, late = gradients(ids, straight_through, cu_seqlens=torch.tensor(bounds), scale=58 * 1e4)
+    pieces = [gradients(ids[:, a:b], straight_through, scale=(b - a - 1) * 1e4) for a, b in pairwise(bounds)]
     assert_close(packed, sum(piece[1] for piece in pieces))
     for i, grad in enumerate(late):
         assert_close(grad, sum(piece[2][i] for piece in pieces), 1e-4)
