@@ -100,6 +100,7 @@ class RetentionScorer(nn.Module):
         dilations: one a layer.
         dropout: before each layer, in training.
         share_heads: one stack for all heads instead of one each.
+        init_scale: factor of the last map's initial weights. 0: logits start at +0.5 whatever the keys and values.
 
     Raises:
         ValueError: sizes that don't fit.
@@ -114,6 +115,7 @@ class RetentionScorer(nn.Module):
         dilations: tuple[int, ...] = (2, 2, 2),
         dropout: float = 0.1,
         share_heads: bool = False,
+        init_scale: float = 1.0,
     ):
         super().__init__()
         check_sizes(head_dim, kernel_sizes, dilations)
@@ -121,6 +123,7 @@ class RetentionScorer(nn.Module):
         self.kernel_sizes = tuple(kernel_sizes)
         self.dilations = tuple(dilations)
         self.dropout = dropout
+        self.init_scale = init_scale
         self.channels = channels_of(head_dim, len(kernel_sizes))
         stacks = 1 if share_heads else heads
         sizes = list(zip(self.kernel_sizes, self.channels, self.channels[1:], strict=False))
@@ -137,11 +140,11 @@ class RetentionScorer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Kaiming initialisation; the last bias makes every logit start near +0.5: everything is kept."""
+        """Kaiming initialisation; the last bias is +0.5, so that while inputs are small everything is kept."""
         for weight, bias in zip(self.weights, self.biases, strict=True):
             nn.init.normal_(weight, std=math.sqrt(2 / (weight.shape[1] * weight.shape[2])))
             nn.init.zeros_(bias)
-        nn.init.normal_(self.out_weight, std=math.sqrt(1 / self.out_weight.shape[1]))
+        nn.init.normal_(self.out_weight, std=self.init_scale * math.sqrt(1 / self.out_weight.shape[1]))
         nn.init.constant_(self.out_bias, 0.5)
 
     def forward(self, x_BTHC: Tensor, layout: Layout | None = None) -> Tensor:

@@ -76,6 +76,7 @@ def build_scorer(config: HybridConfig) -> RetentionScorer:
         dilations=tuple(config.scorer_dilations),
         dropout=config.scorer_dropout,
         share_heads=config.scorer_sharing != "none",
+        init_scale=config.scorer_init_scale,
     )
 
 

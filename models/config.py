@@ -54,6 +54,8 @@ class HybridConfig(PreTrainedConfig):
         scorer_kernel_sizes, scorer_dilations, scorer_dropout: the scorer's convolutions.
         scorer_sharing: `none` (one stack a KV head), `heads` (one a layer) or `layers` (one for the whole model).
         scorer_lr_scale: factor of the scorer's learning rate.
+        scorer_init_scale: factor of the initial weights of the scorer's last map; with 0 it starts from keeping
+            everything, also where keys and values have grown before it is switched on.
         straight_through: queries from which a token's retention logit gets its gradient: `all` that read the token
             (as in the paper), or `beyond_window`, those that read it because it is retained; in both cases that of a
             factor of the token's value. `weight_beyond_window`: of its softmax weight (docs/algorithm.md).
@@ -101,6 +103,7 @@ class HybridConfig(PreTrainedConfig):
     scorer_dropout: float = 0.1
     scorer_sharing: str = "none"
     scorer_lr_scale: float = 1.0
+    scorer_init_scale: float = 1.0
     straight_through: str = "all"
     keep_all_steps: int = 0
     penalty_interval: int = 32
@@ -205,7 +208,8 @@ class HybridConfig(PreTrainedConfig):
         if self.embedding_range is not None:
             at_least(0, "embedding_range")
         at_least(1, "max_position_embeddings", "penalty_interval")
-        at_least(0, "sinks", "budget", "keep_all_steps", "penalty_min", "scorer_lr_scale", "initializer_range")
+        at_least(0, "sinks", "budget", "keep_all_steps", "penalty_min", "scorer_lr_scale", "scorer_init_scale")
+        at_least(0, "initializer_range")
         at_least(2, "gdn_conv_size")
         if not 0 <= self.scorer_dropout < 1:
             raise ValueError(f"scorer_dropout={self.scorer_dropout} must lie in [0, 1)")

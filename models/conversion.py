@@ -56,7 +56,8 @@ EXACT = ("A_log", "dt_bias", LAMBDA, KEPT)
 # fields that no other kind has, and that don't change what a model computes
 _OWN_FIELDS = (
     *("dtype", "transformers_version", "architectures", "_name_or_path", "use_cache", "prefill_chunk"),
-    *("attention_backend", "scorer_lr_scale", "straight_through", "keep_all_steps", "embedding_range"),
+    *("attention_backend", "scorer_lr_scale", "scorer_init_scale"),
+    *("straight_through", "keep_all_steps", "embedding_range"),
 )
 
 

@@ -28,6 +28,7 @@ NEUTRAL = (
         "keep_all_steps",
         "scorer_dropout",
         "scorer_lr_scale",
+        "scorer_init_scale",
     ),
     *("penalty_interval", "penalty_min", "penalty_max"),
 )

@@ -30,6 +30,19 @@ def test_default_size_and_reach():
     assert sum(p.numel() for p in shared.parameters()) == 32385
 
 
+def test_start_from_keeping_everything():
+    """However large keys and values have become; with Kaiming weights only small ones start there."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 37, 3, 32)
+    kaiming, zero = RetentionScorer(3, 16).eval(), RetentionScorer(3, 16, init_scale=0.0).eval()
+    assert (kaiming(0.01 * x) > 0).all()
+    assert not (kaiming(100 * x) > 0).all()
+    logits = zero(100 * x)
+    assert (logits == 0.5).all()
+    logits.backward(torch.randn_like(logits))
+    assert zero.out_weight.grad.abs().min() > 0
+
+
 def test_agrees_with_grouped_convolutions():
     scorer = build()
     x = torch.randn(2, 37, 3, 32)

@@ -358,6 +358,23 @@ def test_the_trainer_of_transformers_evaluates(tmp_path):
     assert trainer.predict(data).predictions.shape == (6, 20, model.config.vocab_size)
 
 
+def test_a_scorer_of_zero_output_starts_from_keeping_everything():
+    """Also where keys and values have grown before it is switched on; a random one drops some at once."""
+    ids = make_ids(2, 60)
+    kept = []
+    for scale in (0.0, 1.0):
+        torch.manual_seed(0)
+        model = HybridForCausalLM(make_config("lalte", scorer_init_scale=scale)).train()
+        with torch.no_grad():
+            for layer in (1, 3):
+                model.model.layers[layer].mixer.v_proj.weight.mul_(100.0)
+        model(ids, labels=ids)
+        model.update_retention_penalty()
+        kept.append(model.penalty_control.density)
+    assert (kept[0] == 1).all()
+    assert (kept[1] < 1).any()
+
+
 def test_keep_all_steps():
     """For the first steps nothing is dropped and the scorer rests; then the rule holds."""
     model = trainable(keep_all_steps=2)
