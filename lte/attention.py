@@ -229,21 +229,10 @@ class _BeyondWindow(torch.autograd.Function):
     """An attention's output as it is; to logits the gradient of a factor that only queries i >= j + window see."""
 
     @staticmethod
-    def forward(
-        ctx,
-        out: Tensor,
-        logits_BKH: Tensor,
-        q,
-        k,
-        v,
-        end,
-        window: int,
-        scale: float,
-        off_by_one: bool,
-        of_weight: bool,
-    ):
+    def forward(ctx, out: Tensor, logits_BKH: Tensor, q, k, v, end, *numbers):
+        """`numbers`: window, scale, off_by_one, of_weight."""
         ctx.save_for_backward(logits_BKH, q, k, v, end)
-        ctx.numbers = window, scale, off_by_one, of_weight
+        ctx.numbers = numbers
         return out.view_as(out)
 
     @staticmethod
