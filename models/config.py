@@ -55,7 +55,7 @@ class HybridConfig(PreTrainedConfig):
         scorer_sharing: `none` (one stack a KV head), `heads` (one a layer) or `layers` (one for the whole model).
         scorer_lr_scale: factor of the scorer's learning rate.
         scorer_init_scale: factor of the initial weights of the scorer's last map; with 0 it starts from keeping
-            everything, also where keys and values have grown before it is switched on.
+            everything, however large keys and values are.
         straight_through: queries from which a token's retention logit gets its gradient: `all` that read the token
             (as in the paper), or `beyond_window`, those that read it because it is retained; in both cases that of a
             factor of the token's value. `weight_beyond_window`: of its softmax weight (docs/algorithm.md).

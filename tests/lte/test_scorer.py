@@ -31,7 +31,7 @@ def test_default_size_and_reach():
 
 
 def test_start_from_keeping_everything():
-    """However large keys and values have become; with Kaiming weights only small ones start there."""
+    """However large keys and values are; with Kaiming weights only small ones start there."""
     torch.manual_seed(0)
     x = torch.randn(2, 37, 3, 32)
     kaiming, zero = RetentionScorer(3, 16).eval(), RetentionScorer(3, 16, init_scale=0.0).eval()

@@ -359,7 +359,7 @@ def test_the_trainer_of_transformers_evaluates(tmp_path):
 
 
 def test_a_scorer_of_zero_output_starts_from_keeping_everything():
-    """Also where keys and values have grown before it is switched on; a random one drops some at once."""
+    """Also where values are large, of which a random one drops some at once."""
     ids = make_ids(2, 60)
     kept = []
     for scale in (0.0, 1.0):
