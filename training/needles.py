@@ -86,26 +86,31 @@ class NeedleMaker:
         facts, groups = self._draw(rng, c)
         inline = haystack == "text"
         head = self._head(c)
-        while True:
-            needles = self._encode_needles(c, [(k, v) for k, values in facts for v in values], inline)
-            asked, answer_spans = self._questions(c, groups, inline)
-            room = length - len(self.bos) - len(head) - sum(map(len, needles)) - len(asked) - 1
-            if room >= 0:
-                break
-            if len(facts) > len(groups) * c.queries:
-                facts = _without_one(facts, groups)
+        needles = self._encode_facts(c, facts, inline)
+        exchanges = self._encode_exchanges(c, groups, inline)
+        room = length - len(self.bos) - len(head) - 1
+        room -= sum(map(_size, needles.values())) + sum(map(_size, exchanges))
+        while room < 0:
+            # the last fact that nobody asks about goes first, then the last question
+            asked_keys = {key for group in groups for key, _ in group}
+            spare = next((key for key in reversed(needles) if key not in asked_keys), None)
+            if spare is not None:
+                room += _size(needles.pop(spare))
             elif len(groups) > 1:
-                groups = groups[:-1]
+                groups.pop()
+                room += _size(exchanges.pop())
             else:
                 return None
-        body = self._body(rng, c, haystack, needles, room, {k for k, _ in facts})
-        tokens = np.concatenate([self.bos, head, body, asked, [self.eos]]).astype(np.int64)
+        lines = [line for of_fact in needles.values() for line in of_fact]
+        body = self._body(rng, c, haystack, lines, room, set(needles))
+        asked = [part for exchange in exchanges for part in exchange]
+        tokens = np.concatenate([self.bos, head, body, *asked, [self.eos]]).astype(np.int64)
         labels = tokens.copy()
         if c.loss_on == "answer":
             labels[:] = IGNORED
-            start = len(tokens) - 1 - len(asked)
-            for low, high in answer_spans:
-                labels[start + low : start + high] = tokens[start + low : start + high]
+            ends = len(tokens) - 1 - sum(map(len, asked)) + np.cumsum([len(part) for part in asked])
+            for low, high in zip(ends[::2], ends[1::2], strict=True):
+                labels[low:high] = tokens[low:high]
             labels[-1] = self.eos
         return tokens, labels
 
@@ -155,23 +160,23 @@ class NeedleMaker:
             return self._encode(["a " + text for text in texts], "a")
         return self._encode(["\n" + text + "\n" for text in texts], "\n")
 
-    def _questions(
-        self, c: NeedleConfig, groups: list[list[Fact]], inline: bool
-    ) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids of all questions with their answers, and where the answers lie in them."""
-        parts: list[str] = []
+    def _encode_facts(self, c: NeedleConfig, facts: list[Fact], inline: bool) -> dict[str, list[list[int]]]:
+        """Ids of the needles of each key, one for each of its values."""
+        ids = iter(self._encode_needles(c, [(key, value) for key, values in facts for value in values], inline))
+        return {key: [next(ids) for _ in values] for key, values in facts}
+
+    def _encode_exchanges(self, c: NeedleConfig, groups: list[list[Fact]], inline: bool) -> list[list[list[int]]]:
+        """Ids of each question and of its answer."""
+        questions, answers = [], []
         for q, group in enumerate(groups):
             key = listed([k for k, _ in group])
             # after running text the first question needs the line feed that a haystack of lines ends with already
             start = "a\n" if inline or q else "\n"
-            parts.append(f"{start}{self._fill(c, 'question', key=key)} {self._fill(c, 'prefix', key=key)}")
-            parts.append("a " + c.answer.format(value=", ".join(v for _, vs in group for v in vs), **self.names))
-        leading = not inline
-        first = self._encode(parts[:1], "\n" if leading else "a")
-        ids = first + (self._encode(parts[1:], "a") if len(parts) > 1 else [])
-        bounds = np.cumsum([0, *map(len, ids)]).tolist()
-        spans = [(bounds[i], bounds[i + 1]) for i in range(1, len(ids), 2)]
-        return [one for part in ids for one in part], spans
+            questions.append(f"{start}{self._fill(c, 'question', key=key)} {self._fill(c, 'prefix', key=key)}")
+            answers.append("a " + c.answer.format(value=", ".join(v for _, vs in group for v in vs), **self.names))
+        first = self._encode(questions[:1], "a" if inline else "\n")
+        ids = self._encode([*questions[1:], *answers], "a")
+        return [list(pair) for pair in zip(first + ids[: len(groups) - 1], ids[len(groups) - 1 :], strict=True)]
 
     def _noise_lines(self) -> list[list[int]]:
         """Ids of a line with the first 1, 2, … sentences of the noise."""
@@ -259,9 +264,9 @@ class NeedleMaker:
         for _ in range(64):
             c = choose_wording(rng, least)
             facts, groups = self._draw(rng, c)
-            needles = self._encode_needles(c, [(k, v) for k, values in facts for v in values], inline=False)
-            asked, _ = self._questions(c, groups, inline=True)
-            need = max(need, len(self.bos) + len(self._head(c)) + sum(map(len, needles)) + len(asked) + 1)
+            needles = self._encode_facts(c, facts, inline=False)
+            sizes = [*map(_size, needles.values()), *map(_size, self._encode_exchanges(c, groups, inline=True))]
+            need = max(need, len(self.bos) + len(self._head(c)) + sum(sizes) + 1)
         length = min(self.row_length, full.length[0]) if full.length is not None else self.row_length
         if need > length:
             field_name = f"{name}.length" if length < self.row_length else "sequence_length"
@@ -273,13 +278,8 @@ class NeedleMaker:
         return need
 
 
-def _without_one(facts: list[Fact], groups: list[list[Fact]]) -> list[Fact]:
-    """The facts without the last one that nobody asks about."""
-    asked = {key for group in groups for key, _ in group}
-    for i in range(len(facts) - 1, -1, -1):
-        if facts[i][0] not in asked:
-            return facts[:i] + facts[i + 1 :]
-    raise AssertionError("called only when more facts than questions are there")
+def _size(parts: list[list[int]]) -> int:
+    return sum(map(len, parts))
 
 
 def _cyclic(tokens: np.ndarray, start: int, count: int) -> np.ndarray:
