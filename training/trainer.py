@@ -127,13 +127,19 @@ class HybridTrainer(SavingTrainer):
         self.micro_batches = 0 if last else self.micro_batches + 1
         return super().training_step(model, inputs, num_items_in_batch)
 
+    def _prepare_input(self, data: Any) -> Any:
+        # batches lie in pinned memory, so that the host needn't wait for the copy, nor for the step before it
+        if isinstance(data, torch.Tensor):
+            return data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
+
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor:
         """Predicted tokens of an optimizer step over all ranks: labelled ones that begin no document."""
         count = torch.zeros((), dtype=torch.int64)
         for batch in batch_samples:
             labelled = batch["labels"][0] != IGNORED
             count += labelled.sum() - labelled[batch["cu_seqlens"][:-1].long()].sum()
-        return self.accelerator.reduce(count.to(device), reduction="sum").clamp(min=1)
+        return self.accelerator.reduce(count.to(device, non_blocking=True), reduction="sum").clamp(min=1)
 
     def compute_loss(
         self,
