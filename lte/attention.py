@@ -12,13 +12,12 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lte.layout import Layout, check_cu_seqlens
-from lte.visibility import lifetimes
+from lte.straight_through import STRAIGHT_THROUGH, LateGradient, give_gradient, give_late_gradient
+from lte.visibility import lifetimes, visible_pairs
 
 BACKENDS = ("auto", "reference", "flex", "triton")
-STRAIGHT_THROUGH = ("all", "beyond_window", "weight_beyond_window")
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -40,7 +39,7 @@ def retained_attention(
     """Causal attention under the visibility rule (arXiv 2510.20787; sinks: arXiv 2309.17453).
 
     Differentiable in q, k, v, and in logits by the straight-through estimator: a logit receives the gradient that
-    it would have if v, or the key's softmax weight, had been multiplied by sigmoid(logit).
+    it would have if v had been multiplied by sigmoid(logit), or another one of lte/straight_through.py.
 
     Args:
         q: queries [B, T, N, D].
@@ -56,9 +55,9 @@ def retained_attention(
             "zero sink", arXiv 2309.17453 equation 2).
         backend: `reference` (PyTorch), `flex` (FlexAttention), `triton`, or `auto`: triton on CUDA, else reference.
         gradient_from: the queries from which a logit gets its gradient: `all` that read its key (as in the paper), or
-            `beyond_window`: those that read it because it is retained; or `weight_beyond_window`: these, and the
-            gradient of a factor of the key's softmax weight, whose loss is the other keys' gain, instead of its
-            value. The latter two not with `flex`.
+            those beyond its window alone, where retention decides what they read: `beyond_window`, of a factor of the
+            value; `weight_beyond_window`, of the softmax weight; `presence_beyond_window`, of the key's being there,
+            which evicted keys have too. These three not with `flex`.
 
     Returns:
         [B, T, N, D] in q's dtype.
@@ -83,8 +82,9 @@ def retained_attention(
         layout=layout,
         device=q.device,
     )
+    late = None
     if logits is not None:
-        v, logits = through_values(v, logits, sinks=sinks, layout=layout, gradient_from=gradient_from)
+        v, late = give_gradient(v, logits, sinks=sinks, layout=layout, gradient_from=gradient_from)
     return interval_attention(
         q,
         k,
@@ -95,8 +95,7 @@ def retained_attention(
         off_by_one=off_by_one,
         backend=backend,
         cu_seqlens=cu_seqlens,
-        logits=logits,
-        of_weight=gradient_from == "weight_beyond_window",
+        late=late,
     )
 
 
@@ -111,8 +110,7 @@ def interval_attention(
     off_by_one: bool = False,
     backend: str = "auto",
     cu_seqlens: Tensor | None = None,
-    logits: Tensor | None = None,
-    of_weight: bool = False,
+    late: LateGradient | None = None,
 ) -> Tensor:
     """Attention in which key j serves the queries j, j + 1, …, end[j] - 1.
 
@@ -124,9 +122,8 @@ def interval_attention(
         scale: factor of the scores; D ** -0.5 by default.
         off_by_one, backend: as in `retained_attention`.
         cu_seqlens: schedule hint: no key is visible across these boundaries (as `end` says already).
-        logits: [B, K, H], with K = Q: they get a straight-through gradient from the queries i >= j + window alone,
-            so that the window is no mere hint then.
-        of_weight: that gradient is of a factor of the key's softmax weight, not of its value.
+        late: with K = Q, logits that get a gradient from the queries i >= j + window alone, so that the window is no
+            mere hint then.
 
     Returns:
         [B, Q, N, D]; zero where no key is visible.
@@ -150,24 +147,26 @@ def interval_attention(
         from lte.kernels.attention import interval_attention as triton_attention
 
         window = keys if window is None else min(window, keys)
-        return triton_attention(
-            q, k, v, end, window=window, scale=scale, off_by_one=off_by_one, logits=logits, of_weight=of_weight
-        )
+        return triton_attention(q, k, v, end, window=window, scale=scale, off_by_one=off_by_one, late=late)
     if backend == "flex":
-        if logits is not None:
+        if late is not None:
             raise ValueError("backend='flex' has no gradient from beyond the window alone; use triton or reference")
         return _flex(q, k, v, end, scale, off_by_one)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, end: Tensor, logits: Tensor | None) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, end: Tensor, late: LateGradient | None) -> Tensor:
         out = _reference(q, k, v, end, scale, off_by_one)
-        if logits is None or window is None:
+        if late is None or window is None:
             return out
-        return _BeyondWindow.apply(out, logits, q, k, v, end, window, scale, off_by_one, of_weight)
+        return give_late_gradient(out, late, q, k, v, end, window=window, scale=scale, off_by_one=off_by_one)
 
     if cu_seqlens is None:
-        return attend(q, k, v, end, logits)
+        return attend(q, k, v, end, late)
     pieces = [
-        attend(q[:, a:b], k[:, a:b], v[:, a:b], end[:, a:b] - a, None if logits is None else logits[:, a:b])
+        attend(
+            *(x[:, a:b] for x in (q, k, v)),
+            end[:, a:b] - a,
+            late and LateGradient(late.logits_BTH[:, a:b], late.of, late.stop_BT[:, a:b] - a),
+        )
         for a, b in pairwise(cu_seqlens.tolist())
         if b > a
     ]
@@ -179,88 +178,6 @@ def _is_inference(*tensors: Tensor) -> bool:
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     one_dtype = all(x.dtype == tensors[0].dtype for x in tensors)
     return not differentiable and one_dtype and tensors[0].dtype in KERNEL_DTYPES and tensors[0].shape[-1] <= 256
-
-
-class _StraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, v_BTHD: Tensor, logits_BTH: Tensor) -> Tensor:
-        ctx.save_for_backward(v_BTHD, logits_BTH)
-        return v_BTHD.view_as(v_BTHD)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_BTHD: Tensor):
-        v_BTHD, logits_BTH = ctx.saved_tensors
-        if all(x.is_cuda and x.dtype in KERNEL_DTYPES for x in (grad_BTHD, v_BTHD, logits_BTH)):
-            from lte.kernels.elementwise import straight_through_gradient
-
-            tensors = (x.contiguous() for x in (grad_BTHD, v_BTHD, logits_BTH))
-            return grad_BTHD, straight_through_gradient(*tensors)
-        r_BTH = logits_BTH.to(torch.promote_types(logits_BTH.dtype, torch.float32)).sigmoid()
-        # summed in at least float32: many small products of either sign
-        through_BTH = torch.linalg.vecdot(grad_BTHD.to(r_BTH.dtype), v_BTHD.to(r_BTH.dtype))
-        return grad_BTHD, (through_BTH * r_BTH * (1 - r_BTH)).to(logits_BTH.dtype)
-
-
-def straight_through(v: Tensor, logits: Tensor) -> Tensor:
-    """v unchanged [B, T, H, D], with the gradient to logits [B, T, H] as if it were v * sigmoid(logits)."""
-    return _StraightThrough.apply(v, logits)
-
-
-def through_values(
-    v: Tensor, logits: Tensor, *, sinks: int, layout: Layout, gradient_from: str
-) -> tuple[Tensor, Tensor | None]:
-    """Values and logits as `interval_attention` takes them, for the gradient that logits shall get.
-
-    Args:
-        v: [B, T, H, D].
-        logits: [B, T, H].
-        gradient_from: of STRAIGHT_THROUGH. From beyond the window, sinks, which are read in any
-            case, give none.
-    """
-    if gradient_from == "all":
-        return straight_through(v, logits), None
-    batch, length = logits.shape[:2]
-    sink_BT1 = (layout.positions(batch, length, logits.device) < sinks)[..., None]
-    return v, torch.where(sink_BT1, logits.detach(), logits)
-
-
-class _BeyondWindow(torch.autograd.Function):
-    """An attention's output as it is; to logits the gradient of a factor that only queries i >= j + window see."""
-
-    @staticmethod
-    def forward(ctx, out: Tensor, logits_BKH: Tensor, q, k, v, end, *numbers):
-        """`numbers`: window, scale, off_by_one, of_weight."""
-        ctx.save_for_backward(logits_BKH, q, k, v, end)
-        ctx.numbers = numbers
-        return out.view_as(out)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_BQND: Tensor):
-        logits_BKH, q, k, v, end = ctx.saved_tensors
-        window, scale, off_by_one, of_weight = ctx.numbers
-        queries, heads = q.shape[1], k.shape[2]
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        q, grad = (x.to(dtype).unflatten(2, (heads, -1)) for x in (q, grad_BQND))
-        score_BHGQK, read_BHGQK = (torch.einsum("bqhgd,bkhd->bhgqk", a, b.to(dtype)) for a, b in ((q, k), (grad, v)))
-        seen_BH1QK = visible_pairs(end, queries)[:, :, None]
-        weight_BHGQK = softmax_weights((score_BHGQK * scale).masked_fill(~seen_BH1QK, -torch.inf), off_by_one)
-        if of_weight:
-            read_BHGQK = read_BHGQK - (weight_BHGQK * read_BHGQK).sum(-1, keepdim=True)
-        index_Q = torch.arange(queries, device=q.device)
-        far_QK = index_Q[:, None] >= index_Q + window
-        far_BKH = (weight_BHGQK * read_BHGQK * far_QK).sum((2, 3)).transpose(1, 2)
-        r_BKH = logits_BKH.to(dtype).sigmoid()
-        return grad_BQND, (far_BKH * r_BKH * (1 - r_BKH)).to(logits_BKH.dtype), *[None] * 8
-
-
-def visible_pairs(end: Tensor, queries: int) -> Tensor:
-    """The mask [B, H, Q, K] that `end` [B, K, H] stands for, for the last `queries` of K indices."""
-    keys = end.shape[1]
-    i_Q1 = torch.arange(keys - queries, keys, device=end.device)[:, None]
-    j_K = torch.arange(keys, device=end.device)
-    return (j_K <= i_Q1) & (i_Q1 < end.transpose(1, 2)[:, :, None, :])
 
 
 def softmax_weights(score: Tensor, off_by_one: bool = False) -> Tensor:

@@ -84,6 +84,14 @@ def visible(
     return mask_BHTT.to(device)
 
 
+def visible_pairs(end: Tensor, queries: int) -> Tensor:
+    """The mask [B, H, Q, K] that `end` [B, K, H] stands for, for the last `queries` of K indices."""
+    keys = end.shape[1]
+    i_Q1 = torch.arange(keys - queries, keys, device=end.device)[:, None]
+    j_K = torch.arange(keys, device=end.device)
+    return (j_K <= i_Q1) & (i_Q1 < end.transpose(1, 2)[:, :, None, :])
+
+
 def lifetimes(
     logits: Tensor | None,
     *,

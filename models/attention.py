@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from lte.attention import in_cache_attention, interval_attention, through_values
+from lte.attention import in_cache_attention, interval_attention
 from lte.cache import GrowingCache, RetainedCache
 from lte.policies import POLICIES, Arrivals, Policy, observed_attention, observed_lifetimes, policy_name
 from lte.scorer import RetentionScorer, ScorerState, channels_of
 from lte.sparsity import RetentionStats, retention_stats
+from lte.straight_through import LateGradient, give_gradient
 from lte.visibility import lifetimes
 from models.config import HybridConfig
 from models.mixer import Context, Mixer, MixerOutput
@@ -170,7 +171,7 @@ class RetainedAttention(Mixer):
         policy = self.policy if self.budget else None
         if policy is not None and policy.observes:
             return self._observed(policy, q, k, v, context), None
-        logits = stats = later = None
+        logits = stats = late = None
         window, budget = self.window, self.budget
         if policy is not None:
             positions_BT = context.positions(*k.shape[:2], k.device)
@@ -180,7 +181,7 @@ class RetainedAttention(Mixer):
             if self.training:
                 budget = None
             stats = retention_stats(logits, window=window, sinks=self.sinks, layout=context)
-            v, later = through_values(v, logits, sinks=self.sinks, layout=context, gradient_from=self.gradient_from)
+            v, late = give_gradient(v, logits, sinks=self.sinks, layout=context, gradient_from=self.gradient_from)
         if context.keep_all:
             window = None
         batch, length = q.shape[:2]
@@ -198,7 +199,7 @@ class RetainedAttention(Mixer):
         positions_BTH = None
         if self.position_encoding == "rope_in_cache":
             positions_BTH = torch.arange(length, device=q.device)[None, :, None].expand(batch, -1, self.kv_heads)
-        return self._attend(q, k, v, end_BTH, positions_BTH, window, context, logits=later), stats
+        return self._attend(q, k, v, end_BTH, positions_BTH, window, context, late=late), stats
 
     def _cached(
         self, q: Tensor, k: Tensor, v: Tensor, scorer: RetentionScorer | None, context: Context, state: AttentionState
@@ -251,7 +252,7 @@ class RetainedAttention(Mixer):
         return rotary_frequencies(self.head_dim, self.rope_theta, x.device).float()
 
     def _attend(
-        self, q, k, v, end, positions, window, context: Context, rotated: bool = False, logits: Tensor | None = None
+        self, q, k, v, end, positions, window, context: Context, rotated: bool = False, late: LateGradient | None = None
     ) -> Tensor:
         if self.position_encoding == "rope_in_cache":
             return in_cache_attention(
@@ -268,6 +269,5 @@ class RetainedAttention(Mixer):
             off_by_one=self.off_by_one,
             backend=self.backend,
             cu_seqlens=None if rotated else context.cu_seqlens,
-            logits=logits,
-            of_weight=self.gradient_from == "weight_beyond_window",
+            late=late,
         )

@@ -15,9 +15,10 @@ from typing import Any, get_args, get_origin
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from lte.attention import BACKENDS, STRAIGHT_THROUGH
+from lte.attention import BACKENDS
 from lte.policies import POLICIES
 from lte.scorer import check_sizes, lookahead_of
+from lte.straight_through import STRAIGHT_THROUGH
 
 LAYER_TYPES = ("gated_deltanet", "attention", "nsa")
 POSITION_ENCODINGS = ("rope", "rope_in_cache", "none")
@@ -58,7 +59,8 @@ class HybridConfig(PreTrainedConfig):
             everything, however large keys and values are.
         straight_through: queries from which a token's retention logit gets its gradient: `all` that read the token
             (as in the paper), or `beyond_window`, those that read it because it is retained; in both cases that of a
-            factor of the token's value. `weight_beyond_window`: of its softmax weight (docs/algorithm.md).
+            factor of the token's value. `weight_beyond_window`: of its softmax weight; `presence_beyond_window`: of
+            its being there, which evicted tokens have too (docs/algorithm.md).
         keep_all_steps: optimizer steps at the start during which everything is kept and the scorer isn't trained.
         penalty_interval, penalty_min, penalty_max: the control of the L1 penalty's weight (lte/sparsity.py).
         gdn_num_heads, gdn_head_dim, gdn_expand_v, gdn_conv_size: of the Gated DeltaNet layers.

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lte.attention import visible_pairs
 from lte.cache import RetainedCache
 from lte.policies import POLICIES, Arrivals, Policy, advance, note_weights
+from lte.visibility import visible_pairs
 from models.padding import LeftAligned
 from models.streaming_architectures import Alibi, Rotary, rotate
 from models.streaming_cache import StreamingCache, StreamingStep

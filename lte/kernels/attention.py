@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lte.kernels.attention_backward import attention_backward
+from lte.kernels.attention_presence import presence_gradient
 from lte.kernels.attention_tiles import load_key_tile, load_tile, row_offsets
 from lte.kernels.columns import (
     Geometry,
@@ -30,6 +31,7 @@ from lte.kernels.columns import (
     tile_shift,
 )
 from lte.kernels.launch import next_power_of_2, on_device
+from lte.straight_through import LateGradient
 
 LOG2E = 1.4426950408889634
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -252,20 +254,21 @@ def _forward(
 
 class _IntervalAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, end_NS, logits_BSH, of_weight, sizes, tiles):
+    def forward(ctx, q, k, v, end_NS, logits_BSH, stop_BS, late, sizes, tiles):
+        """`late`: what the logits' gradient is of; None: they get none here."""
         out, lse_NR, plan = _forward(q, k, v, end_NS, sizes, tiles, gradients=True)
-        ctx.save_for_backward(q, k, v, out, lse_NR, end_NS, logits_BSH)
-        ctx.sizes, ctx.tiles, ctx.plan, ctx.of_weight = sizes, tiles, plan, of_weight
+        ctx.save_for_backward(q, k, v, out, lse_NR, end_NS, logits_BSH, stop_BS)
+        ctx.sizes, ctx.tiles, ctx.plan, ctx.late = sizes, tiles, plan, late
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do):
-        q, k, v, out, lse_NR, end_NS, logits_BSH = ctx.saved_tensors
-        tiles = ctx.tiles
+        q, k, v, out, lse_NR, end_NS, logits_BSH, stop_BS = ctx.saved_tensors
+        tiles, do = ctx.tiles, _unit_stride(do)
         with on_device(q):
-            dq, dk, dv, far_NS = attention_backward(
-                _unit_stride(do),
+            dq, dk, dv, delta_NR, far_NS = attention_backward(
+                do,
                 q,
                 k,
                 v,
@@ -278,15 +281,16 @@ class _IntervalAttention(torch.autograd.Function):
                 key_tile=tiles.key,
                 span_tokens=tiles.span_tokens,
                 scan=tiles.scan,
-                with_far=logits_BSH is not None,
-                of_weight=ctx.of_weight,
+                late=None if ctx.late == "presence" else ctx.late,
             )
+            if ctx.late == "presence":
+                far_NS = presence_gradient(do, q, k, v, lse_NR, delta_NR, end_NS, stop_BS, ctx.sizes, tiles.key)
         dlogits = None
         if logits_BSH is not None:
             r_BSH = logits_BSH.float().sigmoid()
             far_BSH = far_NS.view(-1, ctx.sizes.heads, ctx.sizes.keys).transpose(1, 2)
             dlogits = (far_BSH * r_BSH * (1 - r_BSH)).to(logits_BSH.dtype)
-        return dq, dk, dv, None, dlogits, None, None, None
+        return dq, dk, dv, None, dlogits, None, None, None, None
 
 
 def _unit_stride(x: Tensor) -> Tensor:
@@ -303,8 +307,7 @@ def interval_attention(
     scale: float | None = None,
     off_by_one: bool = False,
     offset: int | None = None,
-    logits: Tensor | None = None,
-    of_weight: bool = False,
+    late: LateGradient | None = None,
     tiles: Tiles | None = None,
 ) -> Tensor:
     """Causal attention in which every key has a last query (arXiv 2510.20787, section 3), differentiable in q, k, v.
@@ -321,9 +324,8 @@ def interval_attention(
         scale: factor of the scores; None: D ** -0.5.
         off_by_one: with 1 added to the softmax's denominator (arXiv 2309.17453, equation 2).
         offset: keys below it are cache slots, whose ends have nothing to do with their place; None: S − T.
-        logits: [B, S, H] retention logits, with S = T, which get a straight-through gradient from the queries at
-            least `window` tokens behind: there, `window` does decide.
-        of_weight: that gradient is of a factor of the key's softmax weight, not of its value.
+        late: with S = T, logits that get a straight-through gradient from the queries at least `window` tokens
+            behind: there, `window` does decide.
         tiles: tile shapes; None: the fixed table's entry for head_dim and dtype.
 
     Returns:
@@ -335,6 +337,7 @@ def interval_attention(
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     offset = k.shape[1] - q.shape[1] if offset is None else offset
     _check(q, k, v, end, window, scale, offset)
+    logits, of, stop = late or (None, None, None)
     if logits is not None and (logits.shape != end.shape or q.shape[1] != k.shape[1]):
         raise ValueError(
             f"logits {tuple(logits.shape)} for {q.shape[1]} queries and ends {tuple(end.shape)}: give one a KV head "
@@ -358,5 +361,6 @@ def interval_attention(
     q, k, v = (_unit_stride(x) for x in (q, k, v))
     tiles = tiles or _choose_tiles(q)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, logits) if x is not None):
-        return _IntervalAttention.apply(q, k, v, end_NS, logits, of_weight, sizes, tiles)
+        stop = stop.contiguous() if of == "presence" else None
+        return _IntervalAttention.apply(q, k, v, end_NS, logits, stop, of, sizes, tiles)
     return _forward(q, k, v, end_NS, sizes, tiles, gradients=False)[0]

@@ -329,19 +329,19 @@ def attention_backward(
     key_tile: Tile,
     span_tokens: int,
     scan: int,
-    with_far: bool,
-    of_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    late: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """dq, dk, dv from the forward pass's tensors; `lse_NR` is in base 2, +inf where a row sees no key.
 
-    `plan` is the forward pass's schedule, used again as far as the tiles agree. The last result, if `with_far`, is
-    each key's part of sum(dv * v) that comes from queries at least `window` tokens behind it, float32 [N, S]; with
-    `of_weight`, the sum of those queries' gradients of its score.
+    `plan` is the forward pass's schedule, used again as far as the tiles agree. The last two results: a row's sum of
+    do * out, float32 [N, R]; and, float32 [N, S], the part of queries at least `window` tokens behind a key in
+    sum(dv * v), if `late` is `value`, or in the gradients of its scores, if it is `weight`; None otherwise.
     """
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3])
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    with_far = late is not None
     far_NS = torch.empty(end_NS.shape, dtype=torch.float32, device=q.device) if with_far else None
     delta_NR = torch.empty_like(lse_NR)
     border = (sizes.tokens, sizes.keys, sizes.offset, sizes.first, sizes.window)
@@ -364,9 +364,8 @@ def attention_backward(
     column_tiles = ceil_div(sizes.keys, width)
     slots = max(column_tiles // 2, 1)
     numbers = (*border, tiles, slots, *scales, heads)
-    options = dict(
-        sizes.constants(), ROWS=key_tile.rows, KEYS=width, FAR=with_far, OF_WEIGHT=of_weight, **key_tile.options()
-    )
+    shape = dict(ROWS=key_tile.rows, KEYS=width, **key_tile.options())
+    options = dict(sizes.constants(), **shape, FAR=with_far, OF_WEIGHT=late == "weight")
     if columns is not None:
         if columns.width != width:
             columns = list_columns(end_NS, sizes, width, scan=scan)
@@ -382,4 +381,4 @@ def attention_backward(
     _near_kernel[(tiles * heads,)](
         q, k, v, end_NS, prefix_NK1, *grads, *strides, *numbers, **options, HAS_COLUMNS=sizes.has_columns
     )
-    return dq, dk, dv, far_NS
+    return dq, dk, dv, delta_NR, far_NS

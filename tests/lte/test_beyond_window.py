@@ -1,4 +1,4 @@
-"""Straight-through gradients from queries beyond the window only, against autograd on the definition.
+"""Straight-through gradients from queries beyond the window only, against their definitions.
 
 Shapes: B batch, T tokens, H KV heads, N query heads, D head dimension.
 """
@@ -13,12 +13,12 @@ ON_GPU = torch.cuda.is_available()
 if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
-from lte.attention import STRAIGHT_THROUGH, retained_attention  # noqa: E402
+from lte.attention import retained_attention  # noqa: E402
 from lte.layout import Layout  # noqa: E402
+from lte.straight_through import LATE, LEAST_REST, STRAIGHT_THROUGH  # noqa: E402
 from lte.visibility import visible  # noqa: E402
 
 interpreted = pytest.mark.skipif(ON_GPU, reason="the same kernels run compiled, under the marker gpu")
-LATE = [name for name in STRAIGHT_THROUGH if name != "all"]
 BOUNDS = [0, 5, 6, 41, 41, 77]
 
 
@@ -48,6 +48,41 @@ def definition(q, k, v, logits, *, window, sinks, budget=None, cu_seqlens=None, 
     return out.transpose(1, 2)
 
 
+def presence(q, k, v, logits, grad, *, window, sinks, budget=None, cu_seqlens=None, off_by_one=False):
+    """Gradient of logits: what the outputs of later queries change by each key, which is left out or let in.
+
+    Where a key has nearly all of a query's softmax, so that the rest is below LEAST_REST, the change counts less.
+    """
+    batch, length, heads = logits.shape
+    layout = Layout(cu_seqlens=cu_seqlens)
+    rule = dict(batch=batch, length=length, heads=heads, device=logits.device, window=window, sinks=sinks)
+    seen = visible(logits, budget=budget, layout=layout, **rule)
+    document = layout.documents(batch, length, logits.device)
+    group = q.shape[2] // heads
+    q, grad = (x.transpose(1, 2).unflatten(1, (heads, group)) for x in (q, grad))
+    score = q @ k.transpose(1, 2)[:, :, None].mT * q.shape[-1] ** -0.5
+    later = torch.arange(length, device=logits.device)
+    found = torch.zeros_like(logits)
+
+    def attend(mask):
+        numerator = score.exp() * mask[:, :, None]
+        total = numerator.sum(-1, keepdim=True) + off_by_one
+        return numerator / total @ v.transpose(1, 2)[:, :, None], (numerator / total)
+
+    for j in range(length):
+        with_j, without_j = seen.clone(), seen.clone()
+        with_j[..., j], without_j[..., j] = True, False
+        (there, weight), (away, _) = attend(with_j), attend(without_j)
+        rest = 1 - weight[..., j]
+        factor = torch.where(seen[:, :, None, :, j], (rest / LEAST_REST).clamp(max=1), 1)
+        change = ((there - away) * grad).sum(-1) * factor
+        asks = (later >= j + window) & (document == document[:, j, None])
+        asks = asks & (layout.positions(batch, length, logits.device)[:, j, None] >= sinks)
+        found[:, j] = (change.nan_to_num() * asks[:, None, None]).sum((2, 3))
+    r = logits.sigmoid()
+    return found * r * (1 - r)
+
+
 def inputs(batch, length, heads, group, dim, seed=0, device="cpu"):
     torch.manual_seed(seed)
     shapes = [(batch, length, heads * group, dim), *[(batch, length, heads, dim)] * 2, (batch, length, heads)]
@@ -61,6 +96,8 @@ def compare(tensors, grad, backend, limit, *, dtype=torch.float32, gradient_from
     exact = [x.double().requires_grad_() for x in rounded]
     want = definition(*exact, **rule, of_weight=gradient_from == "weight_beyond_window")
     wanted = [want, *torch.autograd.grad(want, exact, grad.to(dtype).double())]
+    if gradient_from == "presence_beyond_window":
+        wanted[-1] = presence(*(x.detach() for x in exact), grad.to(dtype).double(), **rule)
     leaves = [x.detach().requires_grad_() for x in rounded]
     out = retained_attention(*leaves, **rule, backend=backend, gradient_from=gradient_from)
     got = [out, *torch.autograd.grad(out, leaves, grad.to(dtype))]
@@ -92,12 +129,13 @@ def test_reference(name, gradient_from):
     if name == "packed":
         sinks = [a for a, b in pairwise(BOUNDS) if b > a]
     assert not grads[:, list(sinks)].any()
-    assert not grads[tensors[-1] <= 0].any(), "what isn't retained is read by no query beyond its window"
+    evicted = grads[tensors[-1] <= 0].any()
+    assert evicted == (gradient_from == "presence_beyond_window"), "evicted keys are read by no query beyond their window"
 
 
 @interpreted
 @pytest.mark.parametrize("name", RULES)
-@pytest.mark.parametrize(("group", "dim", "gradient_from"), [(3, 20, LATE[0]), (1, 32, LATE[0]), (3, 20, LATE[1])])
+@pytest.mark.parametrize(("group", "dim", "gradient_from"), [(1, 32, "beyond_window"), *((3, 20, name) for name in LATE)])
 def test_kernels(name, group, dim, gradient_from):
     pytest.importorskip("triton")
     rule = RULES[name]

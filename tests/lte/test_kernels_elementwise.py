@@ -11,8 +11,8 @@ if not ON_GPU:
 
 pytest.importorskip("triton")
 
-from lte.attention import straight_through  # noqa: E402
 from lte.kernels.elementwise import straight_through_gradient  # noqa: E402
+from lte.straight_through import straight_through  # noqa: E402
 
 interpreted = pytest.mark.skipif(ON_GPU, reason="the same kernels run compiled, under the marker gpu")
 

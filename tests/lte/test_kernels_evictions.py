@@ -14,12 +14,11 @@ if not ON_GPU:
 
 pytest.importorskip("triton")
 
-from lte.attention import visible_pairs  # noqa: E402
 from lte.cache import RetainedCache  # noqa: E402
 from lte.kernels.cache_chunk import cache_chunk  # noqa: E402
 from lte.kernels.evictions import MAX_BUDGET, Tiles, retained_ends  # noqa: E402
 from lte.layout import Layout  # noqa: E402
-from lte.visibility import lifetimes, visible  # noqa: E402
+from lte.visibility import lifetimes, visible, visible_pairs  # noqa: E402
 
 DEVICE = "cuda" if ON_GPU else "cpu"
 pytestmark = [pytest.mark.gpu] if ON_GPU else []

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from lte.attention import interval_attention, visible_pairs
+from lte.attention import interval_attention
 from lte.cache import RetainedCache
 from lte.layout import Layout
 from lte.policies import POLICIES, Arrivals, Policy, Random, Recency, observed_attention, observed_lifetimes
-from lte.visibility import lifetimes
+from lte.visibility import lifetimes, visible_pairs
 
 BATCH, TOTAL, QUERY_HEADS, HEADS, DIM = 3, 75, 4, 2, 6
 

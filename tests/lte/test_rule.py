@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from lte.attention import in_cache_attention, interval_attention, retained_attention, straight_through, visible_pairs
+from lte.attention import in_cache_attention, interval_attention, retained_attention
 from lte.cache import GrowingCache, RetainedCache
 from lte.layout import Layout
-from lte.visibility import evictions, lifetimes, visible
+from lte.straight_through import straight_through
+from lte.visibility import evictions, lifetimes, visible, visible_pairs
 
 
 def relative_rms(x, y):

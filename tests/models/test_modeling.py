@@ -407,7 +407,7 @@ def gradients(ids, straight_through, scale=1.0, **kwargs):
     return output.logits, torch.cat([p.grad.flatten() for p in model.parameters()]), [p.grad for p in scorer]
 
 
-@pytest.mark.parametrize("straight_through", ["beyond_window", "weight_beyond_window"])
+@pytest.mark.parametrize("straight_through", ["beyond_window", "weight_beyond_window", "presence_beyond_window"])
 def test_the_scorer_may_learn_from_late_readers_only(straight_through):
     """Then texts that fit into the window teach it nothing, packed ones what each does, and the output stays."""
     ids = make_ids(1, 60)
