@@ -252,7 +252,16 @@ class RetainedAttention(Mixer):
         return rotary_frequencies(self.head_dim, self.rope_theta, x.device).float()
 
     def _attend(
-        self, q, k, v, end, positions, window, context: Context, rotated: bool = False, late: LateGradient | None = None
+        self,
+        q,
+        k,
+        v,
+        end,
+        positions,
+        window,
+        context: Context,
+        rotated: bool = False,
+        late: LateGradient | None = None,
     ) -> Tensor:
         if self.position_encoding == "rope_in_cache":
             return in_cache_attention(

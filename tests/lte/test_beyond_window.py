@@ -130,12 +130,16 @@ def test_reference(name, gradient_from):
         sinks = [a for a, b in pairwise(BOUNDS) if b > a]
     assert not grads[:, list(sinks)].any()
     evicted = grads[tensors[-1] <= 0].any()
-    assert evicted == (gradient_from == "presence_beyond_window"), "evicted keys are read by no query beyond their window"
+    assert evicted == (gradient_from == "presence_beyond_window"), (
+        "evicted keys are read by no query beyond their window"
+    )
 
 
 @interpreted
 @pytest.mark.parametrize("name", RULES)
-@pytest.mark.parametrize(("group", "dim", "gradient_from"), [(1, 32, "beyond_window"), *((3, 20, name) for name in LATE)])
+@pytest.mark.parametrize(
+    ("group", "dim", "gradient_from"), [(1, 32, "beyond_window"), *((3, 20, name) for name in LATE)]
+)
 def test_kernels(name, group, dim, gradient_from):
     pytest.importorskip("triton")
     rule = RULES[name]
