@@ -6,6 +6,7 @@ their ids are those of the whole text.
 """
 
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -289,6 +290,7 @@ def _cyclic(tokens: np.ndarray, start: int, count: int) -> np.ndarray:
     return np.concatenate([piece, tokens[: count - len(piece)].astype(np.int64)])
 
 
+@cache
 def _token_shapes(tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
     """Two bool arrays over the vocabulary: ends a sentence; begins with white space."""
     pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))

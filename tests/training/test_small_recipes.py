@@ -1,12 +1,12 @@
 """The recipes of the first results: one recipe for all members, and a wording that the evaluation never uses."""
 
+import itertools
 import math
 import re
 import subprocess
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from eval import needles as evaluation
@@ -14,14 +14,16 @@ from models.config import load_config as load_model_config
 from models.info import describe
 from training.config import ModelSection, load_config
 from training.data import TrainingRows, check_data, plan_stages
+from training.rows import IGNORED
 from training.setup import model_config, split_batch
 from training.sources import SourceConfig
 from training.tokenizer import TokenizerConfig, train_tokenizer
-from training.wording import ALTERNATIVES, TEMPLATES, NeedleConfig, choose_wording, variants, wordings
+from training.wording import ALTERNATIVES, TEMPLATES, NeedleConfig, variants, wordings
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "configs" / "train"
 MEMBERS = ("transformer", "gdn", "gdn-swa", "gdn-swa-wide", "gdn-full", "lansa", "lalte")
+UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 def recipe(name):
@@ -55,9 +57,9 @@ def test_members_differ_only_in_the_model(prefix):
 @pytest.mark.parametrize("prefix", ["", "nano-"])
 def test_the_papers_gradients_are_a_recipe_of_their_own(prefix):
     ours, papers = recipe(f"{prefix}lalte"), recipe(f"{prefix}lalte-all")
-    assert model_config(ours).straight_through == "beyond_window"
+    assert model_config(ours).straight_through == "presence_beyond_window"
     assert model_config(papers).straight_through == "all"
-    changes = {"straight_through": "beyond_window"}
+    changes = {"straight_through": "presence_beyond_window"}
     model = replace(papers.model, overrides={**papers.model.overrides, **changes})
     assert replace(papers, model=model, output=ours.output) == ours
 
@@ -92,51 +94,92 @@ def phrases(text, count=4):
     return set(found)
 
 
-def kinds_of(config):
-    return [kind for stage in stages_of(config) for kind in variants(stage.needles, "needles")]
+@pytest.fixture(scope="module")
+def stages():
+    """Each stage of the recipe with its kinds of needle documents."""
+    return [(stage, variants(stage.needles, "needles")) for stage in stages_of(recipe("lalte"))]
+
+
+@pytest.fixture(scope="module")
+def kinds(stages):
+    return [kind for _, made in stages for kind in made]
+
+
+def used_templates(kind):
+    """The templates that documents of a kind are made of, by name."""
+    many = kind.queries * kind.values > 1
+    names = [name for name in TEMPLATES if name in ("needle", "answer") or name.endswith("_many") == many]
+    return {name: getattr(kind, name) for name in names}
+
+
+def every_wording(template):
+    places = [part.split("|") if i % 2 else [part] for i, part in enumerate(re.split(ALTERNATIVES, template))]
+    return map("".join, itertools.product(*places))
 
 
 def count_wordings(kind):
     """Combinations of a preamble, a needle, a question and the beginning of its answer."""
-    label = "{}_many" if kind.queries * kind.values > 1 else "{}"
-    used = [kind.needle, *(getattr(kind, label.format(name)) for name in ("preamble", "question", "prefix"))]
+    used = [text for name, text in used_templates(kind).items() if name != "answer"]
     return math.prod(len(match[1].split("|")) for text in used for match in ALTERNATIVES.finditer(text))
 
 
-def test_no_document_is_worded_as_the_evaluation_is():
+def is_generic(kind):
+    """Whether a kind has so many wordings that hardly two documents share one."""
+    return count_wordings(kind) > 100e6
+
+
+def test_no_document_is_worded_as_the_evaluation_is(kinds):
     told = [evaluation.NOISE, evaluation.NEEDLE, evaluation._ONE, evaluation._MANY]
     told += [evaluation._ONE_ANSWER, evaluation._MANY_ANSWERS]
     theirs = set().union(*(phrases(text) for text in told))
     default = NeedleConfig()
     assert theirs & phrases(default.needle), "the check sees the default wording, which is the evaluation's"
-    kinds = kinds_of(recipe("lalte"))
-    rng = np.random.default_rng(0)
+    texts = {(name, text) for kind in kinds for name, text in used_templates(kind).items()}
+    for name, template in texts:
+        for text in every_wording(template):
+            assert not theirs & phrases(text), text
+            assert name == "answer" or text != getattr(default, name)
+            assert not re.search(r"^ |  | $| [.,:;?!]|[.,:;?!][.,;?!]", text), text
     for kind in kinds:
         assert not theirs & phrases(kind.noise)
-        many = kind.queries * kind.values > 1
-        used = [name for name in TEMPLATES if name in ("needle", "answer") or name.endswith("_many") == many]
-        for one in (choose_wording(rng, kind) for _ in range(100)):
-            for name in used:
-                text = getattr(one, name)
-                assert not theirs & phrases(text), text
-                assert name == "answer" or text != getattr(default, name)
-        # neither adjective-noun nor UUIDs (which have groups of 8, 4, 4, 4 and 12), and no number of seven figures
-        assert kind.key_type in ("name", "nouns", "compound", "code")
-        assert kind.value_type in ("number", "hex", "serial", "word")
-        assert kind.digits != 7 or kind.value_type == "word"
+        assert kind.key_type in ("name", "nouns", "compound", "code")  # neither adjective-noun nor UUIDs
+        assert not re.search("magic|special", " ".join(getattr(kind, name) for name in TEMPLATES))
     # a tokenizer sees the unused templates too
     assert "magic" not in " ".join(text for kind in kinds for text in wordings(kind, 0, 20))
-    wording = {kind.needle: count_wordings(kind) for kind in kinds}
-    assert len(wording) == 13
-    assert sum(wording.values()) > 8_000
 
 
-def test_every_stage_gives_rows(texts, tmp_path):
+def test_five_of_the_kinds_have_very_many_wordings(stages, kinds):
+    generic = {kind.needle for kind in kinds if is_generic(kind)}
+    others = {kind.needle: count_wordings(kind) for kind in kinds if kind.needle not in generic}
+    assert (len(generic), len(others)) == (5, 13)
+    assert all(is_generic(kind) for kind in kinds if kind.needle in generic)
+    assert sum(others.values()) > 8_000
+    for _, made in stages:
+        assert 0.35 < sum(map(is_generic, made)) / len(made) < 0.45
+
+
+def test_every_stage_has_single_keys_and_the_later_ones_whole_rows(stages):
+    assert [stage.needles.fraction for stage, _ in stages] == [1.0, 0.9, 0.9, 0.9, 0.9]
+    assert [stage.needles.keys[1] for stage, _ in stages] == [2, 4, 8, 16, 24]
+    for number, (_, made) in enumerate(stages):
+        assert all(kind.keys[0] == kind.queries and kind.questions[0] == 1 for kind in made)
+        if number < 2:
+            assert all(kind.length for kind in made)
+            continue
+        few = [kind for kind in made if kind.keys == [1, 4]]
+        whole = [kind for kind in made if kind.length is None]
+        assert 0.25 < len(few) / len(made) < 0.4
+        assert 0.4 < len(whole) / len(made) < 0.6
+        assert sum(map(is_generic, whole)) / len(whole) > 0.25
+        figures = {kind.digits for kind in made if is_generic(kind) and kind.value_type == "number"}
+        assert figures == set(range(4, 11))
+
+
+def test_every_stage_gives_rows(texts, kinds, tmp_path):
     (tmp_path / "texts.txt").write_text("\n<end>\n".join(texts * 3))
     config = recipe("lalte")
     config.data.sources = [SourceConfig(path=str(tmp_path / "texts.txt"), separator="\n<end>\n")]
     config.data.cache_dir = str(tmp_path / "cache")
-    kinds = kinds_of(config)
     tokenizer = train_tokenizer([*texts, *(text for kind in kinds for text in wordings(kind, 0, 60))], 2000)
     stages = stages_of(config)
     check_data(config.data, stages)
@@ -144,10 +187,17 @@ def test_every_stage_gives_rows(texts, tmp_path):
     assert [stage.sequence_length for stage in stages] == [256, 256, 512, 1024, 2048]
     for number, stage in enumerate(stages):
         assert stage.rows * stage.sequence_length * (stage.step_rows // stage.rows) == config.batch.tokens_per_step
+        seen = ""
         for maker in rows.makers[number]:
             row = maker.row(1)
             assert len(row.tokens) == stage.sequence_length
             assert len(tokenizer.decode(row.tokens[: row.ends[0]])) > 100
+            if maker.config.length is None:
+                assert row.ends[0] > 0.95 * stage.sequence_length
+            seen += tokenizer.decode(row.tokens[row.labels != IGNORED]) + "\n"
+        if number:
+            assert re.search(r"(?<!\d)\d{7}(?!\d)", seen)
+            assert UUID.search(seen)
 
 
 def test_commands_of_the_design_use_a_tokenizer_that_they_trained():
