@@ -28,8 +28,8 @@ from models.modeling import HybridForCausalLM
 
 # a window much shorter than the rows, and slots for one needle's tokens or few needles' values
 MODEL = {"window": 96, "budget": 24, "max_position_embeddings": 640, "keep_all_steps": 0}
-SCORER = {"scorer_init_scale": 0.0, "scorer_dropout": 0.0, "penalty_interval": 4, "penalty_min": 1e-3}
-LR, BETAS = 5e-3, (0.9, 0.95)
+SCORER = {"scorer_init_scale": 0.0, "scorer_dropout": 0.0, "penalty_interval": 4}
+BETAS = (0.9, 0.95)
 HELD_OUT = 1_000_000  # number of the first row that is measured on
 DATA = (
     "curriculum=[]",
@@ -70,10 +70,10 @@ class Rows:
         return {name: torch.stack([torch.from_numpy(x) for x in parts]) for name, parts in stacked.items()}
 
 
-def make_model(gradient: str, seed: int) -> HybridForCausalLM:
+def make_model(gradient: str, seed: int, penalty_min: float = 1e-3) -> HybridForCausalLM:
     """The shipped model with a new scorer, which alone can be trained."""
     torch.manual_seed(seed)
-    changes = MODEL | SCORER | {"straight_through": gradient}
+    changes = MODEL | SCORER | {"straight_through": gradient, "penalty_min": penalty_min}
     model = HybridForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32, **changes).requires_grad_(False)
     for module in model.modules():
         if isinstance(module, RetentionScorer):
@@ -94,11 +94,20 @@ def accuracy(model: HybridForCausalLM, batch: dict[str, torch.Tensor], budget: i
 
 
 def learn(
-    gradient: str, seed: int, rows: Rows, *, steps: int, every: int, sequences: int, held_out: int
-) -> list[dict]:
+    gradient: str,
+    seed: int,
+    rows: Rows,
+    *,
+    steps: int,
+    every: int,
+    sequences: int,
+    held_out: int,
+    lr: float,
+    penalty_min: float,
+) -> list[dict[str, Any]]:
     """Train a scorer; what it keeps and what it is worth, every `every` steps."""
-    model = make_model(gradient, seed)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=LR, betas=BETAS)
+    model = make_model(gradient, seed, penalty_min)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr, betas=BETAS)
     test, found = rows.batch(HELD_OUT, held_out), []
     length = test["input_ids"].shape[1]
     for step in range(1, steps + 1):
@@ -169,9 +178,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--seeds", metavar="N,M", type=numbers, default=[0, 1])
     for name, value in (("steps", 100), ("every", 20), ("sequences", 3), ("held-out", 12)):
         add(f"--{name}", metavar="N", type=int, default=value)
+    add("--lr", metavar="X", type=float, default=5e-3)
+    add("--penalty-min", metavar="X", type=float, default=1e-3, help="λ at its start")
     add("--cache", metavar="DIR", default="~/.cache/lalte", help="folder of the tokenised essays")
     add("--out", metavar="DIR", default="results/gradients")
     args = made.parse_args(argv)
+    rates = {"lr": args.lr, "penalty_min": args.penalty_min}
     numbers_given = {"steps": args.steps, "every": args.every, "sequences": args.sequences, "held_out": args.held_out}
     try:
         for name, value in numbers_given.items():
@@ -181,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if gradient not in STRAIGHT_THROUGH:
                 raise ValueError(f"gradients={gradient} is unknown: use {', '.join(STRAIGHT_THROUGH)}")
         rows = Rows(str(Path(args.cache).expanduser()))
-        entries = [e for g in args.gradients for s in args.seeds for e in learn(g, s, rows, **numbers_given)]
+        entries = [e for g in args.gradients for s in args.seeds for e in learn(g, s, rows, **numbers_given, **rates)]
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -190,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for gradient in args.gradients:
         own = [e["all_retained"] for e in last if e["gradient"] == gradient]
         found.append(row(f"step {last[0]['step']}", gradient, "accuracy", mean(own), min(own), max(own), len(own)))
-    settings = {**MODEL, **SCORER, "lr": LR, "seeds": args.seeds, **numbers_given}
+    settings = {**MODEL, **SCORER, "seeds": args.seeds, **numbers_given, **rates}
     out = Path(args.out)
     write_json(
         out / "gradients.json",
