@@ -9,12 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lte.kernels.attention_backward import LOG2E
 from lte.kernels.attention_tiles import load_key_tile, load_row_block
 from lte.kernels.columns import Geometry, Tile
 from lte.kernels.launch import ceil_div
 from lte.straight_through import LEAST_REST
-
-LOG2E = 1.4426950408889634
 
 
 @triton.jit(do_not_specialize=["tokens", "window"])
