@@ -128,8 +128,8 @@ class HybridTrainer(SavingTrainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
     def _prepare_input(self, data: Any) -> Any:
-        # batches lie in pinned memory, so that the host needn't wait for the copy, nor for the step before it
-        if isinstance(data, torch.Tensor):
+        # on CUDA batches lie in pinned memory, so that the host needn't wait for their copies
+        if isinstance(data, torch.Tensor) and self.args.device.type == "cuda":
             return data.to(self.args.device, non_blocking=True)
         return super()._prepare_input(data)
 
@@ -139,7 +139,8 @@ class HybridTrainer(SavingTrainer):
         for batch in batch_samples:
             labelled = batch["labels"][0] != IGNORED
             count += labelled.sum() - labelled[batch["cu_seqlens"][:-1].long()].sum()
-        return self.accelerator.reduce(count.to(device, non_blocking=True), reduction="sum").clamp(min=1)
+        count = count.to(device, non_blocking=device.type == "cuda")
+        return self.accelerator.reduce(count, reduction="sum").clamp(min=1)
 
     def compute_loss(
         self,
