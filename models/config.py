@@ -153,10 +153,10 @@ class HybridConfig(PreTrainedConfig):
         self.scorer_kernel_sizes = list(self.scorer_kernel_sizes)
         self.scorer_dilations = list(self.scorer_dilations)
         super().__post_init__(**kwargs)
-        self._check()
+        self.check()
 
     def validate_layer_type(self) -> None:
-        """Replaces the base class's check, which knows other layer types; `_check` has ours."""
+        """Replaces the base class's check, which knows other layer types; `check` has ours."""
 
     @property
     def has_scorer(self) -> bool:
@@ -188,7 +188,9 @@ class HybridConfig(PreTrainedConfig):
         eligible = self.max_position_embeddings - (self.window or 0)
         return min(1.0, self.budget / eligible) if eligible > 0 else 1.0
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raises: ValueError naming field, value and remedy. Models ask again, since fields can be set later."""
+
         def one_of(name: str, values: tuple[str, ...]) -> None:
             if getattr(self, name) not in values:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(values)}")

@@ -87,6 +87,7 @@ class HybridModel(HybridPreTrainedModel):
     """Embedding, blocks and final norm."""
 
     def __init__(self, config: HybridConfig):
+        config.check()
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         learnable = config.sink_token == "learnable"

@@ -224,3 +224,10 @@ def test_auto_classes():
     assert isinstance(config, HybridConfig)
     assert isinstance(AutoModelForCausalLM.from_config(config), HybridForCausalLM)
     assert type(AutoModel.from_config(config)).__name__ == "HybridModel"
+
+
+def test_settings_changed_while_loading_are_checked_too(tmp_path):
+    make_model("lalte").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="straight_through='some' is unknown"):
+        HybridForCausalLM.from_pretrained(tmp_path, straight_through="some")
+    assert HybridForCausalLM.from_pretrained(tmp_path, straight_through="beyond_window").config.budget > 0
