@@ -77,9 +77,10 @@ def curves(
     x_label: str,
     y_label: str,
     metric: str,
+    logarithmic_x: bool = True,
     overwrite: bool = False,
 ) -> list[Path]:
-    """Draws curves with their intervals over a logarithmic x axis; returns the files."""
+    """Draws curves with their intervals, each place of a logarithmic x axis marked; returns the files."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     figure, canvas = _figure(6.4, 4.0)
@@ -90,18 +91,19 @@ def curves(
         banded = [(x, a, b) for x, a, b in zip(line.x, line.low, line.high, strict=True) if a is not None is not b]
         if banded and metric in ("accuracy", "perplexity"):
             axes.fill_between(*zip(*banded, strict=True), color=colour, alpha=0.15, linewidth=0)
-    axes.set_xscale("log", base=2)
-    places = sorted({x for line in lines for x in line.x})
-    step = max(1, math.ceil(len(places) / 10))
-    axes.xaxis.set_major_locator(FixedLocator(places[::step]))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(_size_text))
+    if logarithmic_x:
+        axes.set_xscale("log", base=2)
+        places = sorted({x for line in lines for x in line.x})
+        step = max(1, math.ceil(len(places) / 10))
+        axes.xaxis.set_major_locator(FixedLocator(places[::step]))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(_size_text))
     values = [y for line in lines for y in line.y]
     if metric == "accuracy":
         axes.set_ylim(-0.03, 1.03)
     elif min(values) > 0 and max(values) > 10 * min(values):
         axes.set_yscale("log")
-    elif metric != "perplexity":
+    elif metric not in ("perplexity", "loss"):
         axes.set_ylim(bottom=0)
     if metric == "bytes":
         axes.yaxis.set_major_formatter(FuncFormatter(_bytes_text))
