@@ -20,10 +20,13 @@ from typing import Any
 
 import torch
 
+from eval.compare import read_samples
 from eval.conditions import evaluating
 from eval.settings import keep, load, names, numbers, resolve
 
 BUDGET, POLICY = "budget-", "policy-"  # what folders of changed models begin with
+# an answer that has none of the values is wrong by its figures if it begins with any, as an answer should
+FORMS = ("right", "right in part", "wrong figures", "no figures")
 
 
 @dataclass
@@ -276,6 +279,39 @@ def memory_figures(copies: dict[str, Path], out: Path, overwrite: bool) -> None:
         )
 
 
+def form_of(sample: dict[str, Any]) -> str:
+    """Which of `FORMS` a sample's answer has."""
+    if sample["score"] > 0:
+        return FORMS[0] if sample["score"] == 1 else FORMS[1]
+    begin = sample["prediction"].strip()[:12]
+    return FORMS[2] if any(character.isdigit() for character in begin) else FORMS[3]
+
+
+def answers_table(runs: Path) -> str:
+    """What the answers to S-NIAH look like, as Markdown; empty if no samples lie in the folders of `runs`.
+
+    All members as they are and with budget 0. A cell has the four shares of `FORMS` in percent.
+    """
+    cells: dict[tuple[str, int], dict[str, str]] = {}
+    for folder in sorted(runs.glob("*/*niah-*")):
+        member, change = split_label(f"{folder.parent.name}.{folder.name}")
+        if change not in ("", f"{BUDGET}0"):
+            continue
+        for task, samples in read_samples(folder).items():
+            for length in sorted({sample["length"] for sample in samples}):
+                forms = [form_of(sample) for sample in samples if sample["length"] == length]
+                shares = " / ".join(f"{100 * forms.count(form) / len(forms):.0f}" for form in FORMS)
+                cells.setdefault((task, length), {})["-".join(filter(None, (member, change)))] = shares
+    if not cells:
+        return ""
+    names = sorted({name for found in cells.values() for name in found})
+    lines = [f"Percent of the answers that are {', '.join(FORMS)}.", ""]
+    lines += [f"| case | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
+    for (task, length), found in sorted(cells.items()):
+        lines.append(f"| {task} L{length} | {' | '.join(found.get(name, '') for name in names)} |")
+    return "\n".join(lines) + "\n"
+
+
 def table(runs: Path, out: Path, overwrite: bool) -> None:
     """Results, tables and figures of all models that were evaluated into folders of `runs`."""
     from eval import retained
@@ -299,6 +335,8 @@ def table(runs: Path, out: Path, overwrite: bool) -> None:
         memory_figures(copies, out / "memory", overwrite)
     if kept:
         write_bytes(out / "kept.md", "\n".join(kept).encode(), overwrite=overwrite)
+    if answers := answers_table(runs):
+        write_bytes(out / "answers.md", answers.encode(), overwrite=overwrite)
 
 
 # ---- command ----

@@ -234,10 +234,10 @@ def _curves(section: Section, out: Path, prefix: str, overwrite: bool) -> list[P
     return written
 
 
-def _samples(run: Run) -> dict[str, list[dict[str, Any]]]:
-    """Samples of a run by task: those that have a depth, a length and a score."""
+def read_samples(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Samples in the folder of a run by task: those that have a depth, a length and a score."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for path in sorted((run.path.parent / "samples").glob("*.jsonl")):
+    for path in sorted((folder / "samples").glob("*.jsonl")):
         latest = {}
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
@@ -256,7 +256,7 @@ def _heat_maps(section: Section, out: Path, prefix: str, overwrite: bool) -> lis
     """A figure for each task whose samples have a depth, a panel a run."""
     tasks: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for run in section.runs:
-        for task, records in _samples(run).items():
+        for task, records in read_samples(run.path.parent).items():
             tasks.setdefault(task, {})[run.name] = records
     written = []
     for task, samples in tasks.items():

@@ -87,6 +87,7 @@ def test_a_model_is_evaluated_by_one_line(tokenizer, tmp_path, capsys):
     content = json.loads((tmp_path / "results" / "mine.policy-key_norm-niah-lines.json").read_text())
     assert (content["config"]["retention"], content["config"]["budget"]) == ("key_norm", 3)
     assert "| value | needle | other |" in (tmp_path / "results" / "kept.md").read_text()
+    assert "| niah_single_1 L1700 | " in (tmp_path / "results" / "answers.md").read_text()
     members = (tmp_path / "results" / "members" / "table.md").read_text()
     assert "| niah_single_1 L1700 | accuracy |" in members
     assert "rows T64" in members
@@ -109,6 +110,29 @@ def test_members_stand_beside_budget_zero(tmp_path):
     assert "| a-0.4b | a-0.4b-budget-0 | best |" in (tmp_path / "out" / "members" / "table.md").read_text()
     assert not list((tmp_path / "out" / "memory").glob("memory-*")), "a logarithmic axis has no 0"
     assert not (tmp_path / "out" / "kept.md").exists()
+
+
+def test_answers_are_told_apart_by_their_form(tmp_path):
+    def answered(folder, answers, length=512):
+        for index, (score, prediction) in enumerate(answers):
+            sample = {"index": index, "task": "niah_single_1", "length": length, "depth_percent": 50.0}
+            sample |= {"score": score, "prediction": prediction}
+            file = tmp_path / folder / "samples" / f"niah_single_1-L{length}.jsonl"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with file.open("a") as log:
+                log.write(json.dumps(sample) + "\n")
+
+    right, part, figures, prose = (1.0, " 123."), (0.5, " 1, 2"), (0.0, " 40 years"), (0.0, " a man of about 40")
+    answered("a/niah-lines", [right, right, right, figures])
+    answered("a/niah-lines", [part, prose], length=1024)
+    answered("b/budget-0-niah-lines", [prose, prose])
+    answered("b/budget-32-niah-lines", [right])
+    lines = small.answers_table(tmp_path).splitlines()
+    assert lines[0] == "Percent of the answers that are right, right in part, wrong figures, no figures."
+    assert lines[2] == "| case | a | b-budget-0 |"
+    assert lines[4] == "| niah_single_1 L512 | 75 / 0 / 25 / 0 | 0 / 0 / 0 / 100 |"
+    assert lines[5] == "| niah_single_1 L1024 | 0 / 50 / 0 / 50 |  |"
+    assert small.answers_table(tmp_path / "a") == "", "no samples"
 
 
 @pytest.mark.parametrize("member", ["lalte", "lalte-0.4b", "v1.2.rc"])
