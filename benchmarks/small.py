@@ -1,10 +1,10 @@
-"""The first results: every evaluation of one model in one process, and the table of all models.
+"""The first results: every evaluation of one model in one process.
 
     python -m benchmarks.small --config configs/eval/small.yaml --model runs/gdn --name gdn --out runs/eval/gdn
-    python -m benchmarks.small --table runs/eval --out results/small --overwrite
 
 Every evaluation has a folder of its own in OUT, as its command `lalte eval …` would write it. An interrupted run goes
-on when the same line is given again. results/small/README.md has the design.
+on when the same line is given again. results/small/README.md has the design, benchmarks/small_tables.py makes the
+tables of all models.
 """
 
 from __future__ import annotations
@@ -20,13 +20,10 @@ from typing import Any
 
 import torch
 
-from eval.compare import read_samples
 from eval.conditions import evaluating
 from eval.settings import keep, load, names, numbers, resolve
 
 BUDGET, POLICY = "budget-", "policy-"  # what folders of changed models begin with
-# an answer that has none of the values is wrong by its figures if it begins with any, as an answer should
-FORMS = ("right", "right in part", "wrong figures", "no figures")
 
 
 @dataclass
@@ -211,134 +208,6 @@ def evaluate(config: SmallConfig) -> int:
     return failed
 
 
-# ---- the table of all models ----
-
-
-def collect(runs: Path, out: Path, overwrite: bool) -> dict[str, Path]:
-    """Copy RUNS/NAME/EVALUATION/result.json to OUT/NAME.EVALUATION.json; the copies by `NAME.EVALUATION`.
-
-    Raises:
-        ValueError: there are none, or a copy exists and `overwrite` is off.
-    """
-    from eval.results import write_bytes
-
-    found = sorted(runs.glob("*/*/result.json"))
-    if not found:
-        raise ValueError(f"table: {runs} holds no NAME/EVALUATION/result.json; evaluate models first")
-    copies = {}
-    for file in found:
-        label = f"{file.parent.parent.name}.{file.parent.name}"
-        copies[label] = out / f"{label}.json"
-        write_bytes(copies[label], file.read_bytes(), overwrite=overwrite)
-    return copies
-
-
-def split_label(label: str) -> tuple[str, str]:
-    """(member, change) of `NAME.EVALUATION`; the change is `budget-32`, `policy-h2o` or empty.
-
-    NAME may have dots (lalte-0.4b), EVALUATION has none.
-    """
-    member, _, evaluation = label.rpartition(".")
-    changed = evaluation.startswith((BUDGET, POLICY))
-    return member, "-".join(evaluation.split("-")[:2]) if changed else ""
-
-
-def memory_figures(copies: dict[str, Path], out: Path, overwrite: bool) -> None:
-    """Accuracy over budget, a figure a case: the model's scorer, and other policies in its own slots."""
-    from eval import figures
-    from eval.results import read_json
-
-    points: dict[str, dict[str, list[tuple[int, dict[str, Any]]]]] = {}
-    for label, file in copies.items():
-        member, change = split_label(label)
-        if not change:
-            continue
-        content = read_json(file)
-        name = change.removeprefix(POLICY) if change.startswith(POLICY) else "lte"
-        for row in content["rows"]:
-            point = (content["config"]["budget"], row)
-            points.setdefault(f"{member} {row['case']}", {}).setdefault(name, []).append(point)
-    for case, systems in points.items():
-        lines = []
-        for name, found in systems.items():
-            # the axis is logarithmic, so nothing stands at 0
-            found = sorted((point for point in found if point[0] > 0), key=lambda point: point[0])
-            column = lambda key, found=found: [row[key] for _, row in found]
-            places = [budget for budget, _ in found]
-            lines += [figures.Curve(name, places, column("median"), column("low"), column("high"))] if found else []
-        if not lines:
-            continue
-        figures.curves(
-            out / f"memory-{case.replace(' ', '-').lower()}",
-            lines,
-            title=f"{case}: what fills the slots",
-            x_label="retained tokens a head (budget)",
-            y_label="accuracy",
-            metric="accuracy",
-            overwrite=overwrite,
-        )
-
-
-def form_of(sample: dict[str, Any]) -> str:
-    """Which of `FORMS` a sample's answer has."""
-    if sample["score"] > 0:
-        return FORMS[0] if sample["score"] == 1 else FORMS[1]
-    begin = sample["prediction"].strip()[:12]
-    return FORMS[2] if any(character.isdigit() for character in begin) else FORMS[3]
-
-
-def answers_table(runs: Path) -> str:
-    """What the answers to S-NIAH look like, as Markdown; empty if no samples lie in the folders of `runs`.
-
-    All members as they are and with budget 0. A cell has the four shares of `FORMS` in percent.
-    """
-    cells: dict[tuple[str, int], dict[str, str]] = {}
-    for folder in sorted(runs.glob("*/*niah-*")):
-        member, change = split_label(f"{folder.parent.name}.{folder.name}")
-        if change not in ("", f"{BUDGET}0"):
-            continue
-        for task, samples in read_samples(folder).items():
-            for length in sorted({sample["length"] for sample in samples}):
-                forms = [form_of(sample) for sample in samples if sample["length"] == length]
-                shares = " / ".join(f"{100 * forms.count(form) / len(forms):.0f}" for form in FORMS)
-                cells.setdefault((task, length), {})["-".join(filter(None, (member, change)))] = shares
-    if not cells:
-        return ""
-    names = sorted({name for found in cells.values() for name in found})
-    lines = [f"Percent of the answers that are {', '.join(FORMS)}.", ""]
-    lines += [f"| case | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
-    for (task, length), found in sorted(cells.items()):
-        lines.append(f"| {task} L{length} | {' | '.join(found.get(name, '') for name in names)} |")
-    return "\n".join(lines) + "\n"
-
-
-def table(runs: Path, out: Path, overwrite: bool) -> None:
-    """Results, tables and figures of all models that were evaluated into folders of `runs`."""
-    from eval import retained
-    from eval.compare import compare
-    from eval.results import read_json, write_bytes
-
-    copies = collect(runs, out, overwrite)
-    members, memory, kept = [], [], []
-    for label, file in sorted(copies.items(), key=lambda copy: split_label(copy[0])):
-        member, change = split_label(label)
-        if ".retained-" in label:
-            kept.append(f"## {member}\n\n{retained.table(read_json(file)['shares'])}")
-            continue
-        if not change or change == f"{BUDGET}0":
-            members.append(f"{member}{'-' + change if change else ''}={file}")
-        if change:
-            memory.append(f"{member}-{change}={file}")
-    compare(members, out / "members", overwrite=overwrite)
-    if memory:
-        compare(memory, out / "memory", overwrite=overwrite)
-        memory_figures(copies, out / "memory", overwrite)
-    if kept:
-        write_bytes(out / "kept.md", "\n".join(kept).encode(), overwrite=overwrite)
-    if answers := answers_table(runs):
-        write_bytes(out / "answers.md", answers.encode(), overwrite=overwrite)
-
-
 # ---- command ----
 
 
@@ -346,8 +215,6 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = made.add_argument
-    add("--table", metavar="DIR", help="make the table of all models in this folder instead of evaluating one")
-    add("--overwrite", action="store_true", help="replace an earlier table")
     add("--config", metavar="FILE", help="YAML with any of the settings; options given here win")
     for name in ("model", "name", "out", "squad", "swde", "dtype", "device"):
         add(f"--{name}", metavar=name.upper())
@@ -364,16 +231,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit status is 1 if an evaluation failed, 2 for an error of the user's."""
     args = parser().parse_args(argv)
     try:
-        if args.table:
-            if not args.out:
-                raise ValueError("out: missing; give --out")
-            table(Path(args.table), Path(args.out), args.overwrite)
-        else:
-            return int(evaluate(resolve(SmallConfig, args, needed=("model", "name", "out"))) > 0)
+        return int(evaluate(resolve(SmallConfig, args, needed=("model", "name", "out"))) > 0)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""benchmarks.small: what is measured for whom, the validation perplexity, and the table of all models."""
+"""benchmarks.small: what is measured for whom, and the validation perplexity; its results through small_tables."""
 
 import json
 import math
@@ -6,8 +6,7 @@ import math
 import pytest
 import torch
 
-from benchmarks import small
-from eval.results import result, row, write_json
+from benchmarks import small, small_tables
 from tests.tiny_models import make_model, make_tokenizer
 
 CONFIG = "configs/eval/small.yaml"
@@ -78,8 +77,7 @@ def test_a_model_is_evaluated_by_one_line(tokenizer, tmp_path, capsys):
     shown = capsys.readouterr()
     assert shown.out.count("niah_single_1 L1700 ") == 3
     assert "mine squad failed: " in shown.err
-    table = ["--table", str(tmp_path / "runs"), "--out", str(tmp_path / "results")]
-    assert small.main(table) == 0
+    assert small_tables.main([str(tmp_path / "runs"), "--out", str(tmp_path / "results")]) == 0
     names = {path.name for path in (tmp_path / "results").glob("*.json")}
     changed = ["budget-2-niah-lines", "policy-key_norm-niah-lines"]
     own = ["niah-lines", "validation", "retained-lines"]
@@ -97,55 +95,6 @@ def test_a_model_is_evaluated_by_one_line(tokenizer, tmp_path, capsys):
     assert (tmp_path / "results" / "memory" / "memory-mine-niah_single_1-l1700.png").stat().st_size > 5000
 
 
-def test_members_stand_beside_budget_zero(tmp_path):
-    a = "a-0.4b"
-    for name, evaluation, value in ((a, "niah-lines", 0.9), (a, "budget-0-niah-lines", 0.2), ("b", "squad", 0.5)):
-        rows = [row("niah_single_1 L512", "x", "accuracy", value, value - 0.1, value + 0.1, 50)]
-        found = result("niah" if "niah" in evaluation else "evaporate", rows, config={"budget": 0}, device="cpu")
-        write_json(tmp_path / "runs" / name / evaluation / "result.json", found)
-    small.table(tmp_path / "runs", tmp_path / "out", overwrite=False)
-    with pytest.raises(ValueError, match="exists already"):
-        small.table(tmp_path / "runs", tmp_path / "out", overwrite=False)
-    small.table(tmp_path / "runs", tmp_path / "out", overwrite=True)
-    assert "| a-0.4b | a-0.4b-budget-0 | best |" in (tmp_path / "out" / "members" / "table.md").read_text()
-    assert not list((tmp_path / "out" / "memory").glob("memory-*")), "a logarithmic axis has no 0"
-    assert not (tmp_path / "out" / "kept.md").exists()
-
-
-def test_answers_are_told_apart_by_their_form(tmp_path):
-    def answered(folder, answers, length=512):
-        for index, (score, prediction) in enumerate(answers):
-            sample = {"index": index, "task": "niah_single_1", "length": length, "depth_percent": 50.0}
-            sample |= {"score": score, "prediction": prediction}
-            file = tmp_path / folder / "samples" / f"niah_single_1-L{length}.jsonl"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with file.open("a") as log:
-                log.write(json.dumps(sample) + "\n")
-
-    right, part, figures, prose = (1.0, " 123."), (0.5, " 1, 2"), (0.0, " 40 years"), (0.0, " a man of about 40")
-    answered("a/niah-lines", [right, right, right, figures])
-    answered("a/niah-lines", [part, prose], length=1024)
-    answered("b/budget-0-niah-lines", [prose, prose])
-    answered("b/budget-32-niah-lines", [right])
-    lines = small.answers_table(tmp_path).splitlines()
-    assert lines[0] == "Percent of the answers that are right, right in part, wrong figures, no figures."
-    assert lines[2] == "| case | a | b-budget-0 |"
-    assert lines[4] == "| niah_single_1 L512 | 75 / 0 / 25 / 0 | 0 / 0 / 0 / 100 |"
-    assert lines[5] == "| niah_single_1 L1024 | 0 / 50 / 0 / 50 |  |"
-    assert small.answers_table(tmp_path / "a") == "", "no samples"
-
-
-@pytest.mark.parametrize("member", ["lalte", "lalte-0.4b", "v1.2.rc"])
-def test_a_member_may_have_dots_in_its_name(member):
-    assert small.split_label(f"{member}.niah-lines") == (member, "")
-    assert small.split_label(f"{member}.budget-32-niah-lines") == (member, "budget-32")
-    assert small.split_label(f"{member}.policy-key_norm-niah-essays") == (member, "policy-key_norm")
-
-
-def test_what_is_missing_is_named(tmp_path, capsys):
-    assert small.main(["--table", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
-    assert "holds no NAME/EVALUATION/result.json" in capsys.readouterr().err
-    assert small.main(["--table", str(tmp_path)]) == 2
-    assert "give --out" in capsys.readouterr().err
+def test_what_is_missing_is_named(capsys):
     assert small.main(["--config", CONFIG, "--model", "m", "--out", "o"]) == 2
     assert "name: missing; give --name" in capsys.readouterr().err

@@ -1,0 +1,78 @@
+"""benchmarks.small_tables: what stands in the tables of all models, and those of several seeds."""
+
+import json
+
+import pytest
+
+from benchmarks import small_tables
+from eval.results import result, row, write_json
+
+
+def write(folder, case, value, budget=3, evaluation="niah"):
+    rows = [row(case, "x", "accuracy", value, value - 0.1, value + 0.1, 50)]
+    write_json(folder / "result.json", result(evaluation, rows, config={"budget": budget}, device="cpu"))
+
+
+def test_members_stand_beside_budget_zero(tmp_path):
+    a = "a-0.4b"
+    for name, evaluation, value in ((a, "niah-lines", 0.9), (a, "budget-0-niah-lines", 0.2), ("b", "squad", 0.5)):
+        kind = "niah" if "niah" in evaluation else "evaporate"
+        write(tmp_path / "runs" / name / evaluation, "niah_single_1 L512", value, budget=0, evaluation=kind)
+    small_tables.table(tmp_path / "runs", tmp_path / "out", overwrite=False)
+    with pytest.raises(ValueError, match="exists already"):
+        small_tables.table(tmp_path / "runs", tmp_path / "out", overwrite=False)
+    small_tables.table(tmp_path / "runs", tmp_path / "out", overwrite=True)
+    assert "| a-0.4b | a-0.4b-budget-0 | best |" in (tmp_path / "out" / "members" / "table.md").read_text()
+    assert not list((tmp_path / "out" / "memory").glob("memory-*")), "a logarithmic axis has no 0"
+    assert not (tmp_path / "out" / "kept.md").exists()
+
+
+def test_answers_are_told_apart_by_their_form(tmp_path):
+    def answered(folder, answers, length=512):
+        for index, (score, prediction) in enumerate(answers):
+            sample = {"index": index, "task": "niah_single_1", "length": length, "depth_percent": 50.0}
+            sample |= {"score": score, "prediction": prediction}
+            file = tmp_path / folder / "samples" / f"niah_single_1-L{length}.jsonl"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with file.open("a") as log:
+                log.write(json.dumps(sample) + "\n")
+
+    right, part, figures, prose = (1.0, " 123."), (0.5, " 1, 2"), (0.0, " 40 years"), (0.0, " a man of about 40")
+    answered("a/niah-lines", [right, right, right, figures])
+    answered("a/niah-lines", [part, prose], length=1024)
+    answered("b/budget-0-niah-lines", [prose, prose])
+    answered("b/budget-32-niah-lines", [right])
+    lines = small_tables.answers_table(tmp_path).splitlines()
+    assert lines[0] == "Percent of the answers that are right, right in part, wrong figures, no figures."
+    assert lines[2] == "| case | a | b-budget-0 |"
+    assert lines[4] == "| niah_single_1 L512 | 75 / 0 / 25 / 0 | 0 / 0 / 0 / 100 |"
+    assert lines[5] == "| niah_single_1 L1024 | 0 / 50 / 0 / 50 |  |"
+    assert small_tables.answers_table(tmp_path / "a") == "", "no samples"
+
+
+@pytest.mark.parametrize("member", ["lalte", "lalte-0.4b", "v1.2.rc"])
+def test_a_member_may_have_dots_in_its_name(member):
+    assert small_tables.split_label(f"{member}.niah-lines") == (member, "")
+    assert small_tables.split_label(f"{member}.budget-32-niah-lines") == (member, "budget-32")
+    assert small_tables.split_label(f"{member}.policy-key_norm-niah-essays") == (member, "policy-key_norm")
+
+
+def test_seeds_are_put_together(tmp_path):
+    for seed, value in enumerate((0.5, 0.25, 0.75)):
+        write(tmp_path / str(seed) / "a" / "niah-lines", "niah_single_1 L512", value)
+        write(tmp_path / str(seed) / "a" / "policy-h2o-niah-lines", "niah_single_1 L512", value)
+    write(tmp_path / "0" / "b" / "niah-lines", "niah_single_1 L512", 0.5)
+    write(tmp_path / "0" / "b" / "niah-essays", "niah_single_2 L512", 0.5)
+    folders = [str(tmp_path / str(seed)) for seed in range(3)]
+    assert small_tables.main([*folders, "--out", str(tmp_path / "out")]) == 0
+    lines = (tmp_path / "out" / "seeds.md").read_text().splitlines()
+    assert lines[2:] == ["| case | a |", "|---|---|", "| niah_single_1 L512 | 0.5 (0.25 to 0.75; 3) |"]
+    copied = json.loads((tmp_path / "out" / "seed-2" / "a.niah-lines.json").read_text())
+    assert copied["rows"][0]["median"] == 0.75
+    assert small_tables.main([folders[0], "--out", str(tmp_path / "one")]) == 0
+    assert not (tmp_path / "one" / "seeds.md").exists()
+
+
+def test_a_folder_without_results_is_named(tmp_path, capsys):
+    assert small_tables.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "holds no NAME/EVALUATION/result.json" in capsys.readouterr().err
