@@ -64,10 +64,18 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("config", metavar="CONFIG", help="YAML file, such as one of configs/train")
     parser.add_argument("changes", metavar="key=value", nargs="*", help="replaces a setting of the file")
+    parser.add_argument("--tokenise", action="store_true", help="only put the text into data.cache_dir, and stop")
 
 
 def _train(args: argparse.Namespace) -> int:
     from training.config import load_config
+
+    if args.tokenise:
+        from training.setup import tokenise
+
+        for name, tokens in tokenise(load_config(args.config, args.changes)).items():
+            print(f"{name}: {tokens} tokens in the cache")
+        return 0
     from training.trainer import train
 
     folder = train(load_config(args.config, args.changes))

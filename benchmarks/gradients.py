@@ -191,6 +191,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, value in numbers_given.items():
             if value < 1:
                 raise ValueError(f"{name}={value} is below 1: give 1 or more")
+        if args.every > args.steps:
+            raise ValueError(f"every={args.every} is more than steps={args.steps}: nothing would be measured")
         for gradient in args.gradients:
             if gradient not in STRAIGHT_THROUGH:
                 raise ValueError(f"gradients={gradient} is unknown: use {', '.join(STRAIGHT_THROUGH)}")

@@ -33,8 +33,14 @@ def read_log(file: Path) -> dict[str, list[float | None]]:
     Raises:
         ValueError: no entry of a training step.
     """
-    entries = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    steps = {entry["step"]: entry for entry in entries if "lm_loss" in entry}
+    steps = {}
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            raise ValueError(f"runs: line {number} of {file} is no JSON; remove it, it may be cut off") from None
+        if "lm_loss" in entry:
+            steps[entry["step"]] = entry
     if not steps:
         raise ValueError(f"runs: {file} holds no training step; train that model first")
     taken = [steps[step] for step in sorted(steps)]

@@ -4,7 +4,9 @@ import json
 import os
 import re
 import shutil
+import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,9 @@ from training import sharded
 
 SEAL = "complete.json"
 SAVING = ".saving"
+PATIENCE = (
+    90.0  # seconds for which what another machine wrote may not be seen yet: network file systems keep listings
+)
 NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -160,6 +165,25 @@ def _mismatch(saved: dict[str, tuple], own: dict[str, tuple]) -> str | None:
 def write_progress(folder: Path, rank: int, progress: dict[str, Any]) -> None:
     """Keep one rank's running sums and stream cursors beside the weights."""
     (folder / f"progress-{rank}.json").write_text(json.dumps(progress))
+
+
+def await_progress(folder: Path, ranks: int) -> None:
+    """Wait until the parts of all ranks are seen.
+
+    Raises: CheckpointError for a rank whose part isn't, since it wrote to another folder.
+    """
+    for rank in range(ranks):
+        file = folder / f"progress-{rank}.json"
+        if not wait_for(file.is_file):
+            raise CheckpointError(f"{file} of rank {rank} isn't there: all ranks must write to the same folder")
+
+
+def wait_for(seen: Callable[[], bool]) -> bool:
+    """Whether something comes true within `PATIENCE`."""
+    end = time.monotonic() + PATIENCE
+    while not (found := seen()) and time.monotonic() < end:
+        time.sleep(0.1)
+    return found
 
 
 def read_progress(folder: Path) -> list[dict[str, Any]]:

@@ -95,7 +95,7 @@ class TrainConfig:
     steps: optimizer steps. precision: fp32, or bf16 (mixed precision, weights stay float32). device: auto, cpu, cuda.
     output: the run's folder. resume: auto goes on from the newest whole checkpoint in it, never starts anew (and
     wants an empty folder), a path goes on from that checkpoint, whose run must have had this configuration (compared
-    if its config.yaml lies beside the checkpoint).
+    if its config.yaml lies beside the checkpoint); in another folder than that run's, later from what was reached.
     compile: torch.compile. gradient_checkpointing: recompute blocks in the backward pass. fsdp: shard the model over
     the ranks that torchrun started (FSDP2), instead of copying it to each.
     """
@@ -241,6 +241,7 @@ def check_config(config: TrainConfig) -> None:
         config.model.config is not None, "model.config", None, "name a model configuration, a JSON of configs/models"
     )
     need(config.steps >= 1, "steps", config.steps, "use 1 or more")
+    need(0 <= config.seed < 1 << 32, "seed", config.seed, "use 0 to 4294967295")
     need(config.data.sequence_length >= 2, "data.sequence_length", config.data.sequence_length, "use 2 or more")
     need(b.sequences >= 1, "batch.sequences", b.sequences, "use 1 or more")
     need(b.accumulation >= 1, "batch.accumulation", b.accumulation, "use 1 or more")

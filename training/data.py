@@ -109,6 +109,11 @@ def plan_stages(
         length = data.sequence_length if stage.sequence_length is None else stage.sequence_length
         if length < 2:
             raise ValueError(f"{name}.sequence_length={length} is below 2: a row needs a token to predict")
+        if length > data.sequence_length:
+            raise ValueError(
+                f"{name}.sequence_length={length} is above data.sequence_length={data.sequence_length}, the longest "
+                "of the run, which model and retention are made for: raise that"
+            )
         settings = merge_needles(needles, stage.needles, f"{name}.needles")
         rows = max(1, sequences * data.sequence_length // length)
         if tokens_per_step is not None:
@@ -232,6 +237,7 @@ class TrainingRows(Dataset):
                 f"data.lanes={self.lanes} can't be shared by {world} ranks: use a multiple of them, and the same one "
                 "for the whole run"
             )
+        self._check_lanes()
         self.streams: dict[tuple[int, int], TokenStream] = {}  # by source and lane
         own = range(rank * self.lanes // world, (rank + 1) * self.lanes // world)
         for i, source in enumerate(config.sources):
@@ -246,6 +252,18 @@ class TrainingRows(Dataset):
             if stages[s].needles.fraction < 1:
                 self.packed |= {(s, i): self._packed(s, i) for i in self.stores}
         self.dealt: tuple[int, np.ndarray, np.ndarray] | None = None
+
+    def _check_lanes(self) -> None:
+        """Every lane must be read in every step: the text of one that isn't would wait in memory, and be missed."""
+        if not any(source.streaming for source in self.config.sources):
+            return
+        for stage in self.stages:
+            if stage.needles.fraction < 1 and stage.step_rows % self.lanes:
+                raise ValueError(
+                    f"data.lanes={self.lanes} doesn't divide the {stage.step_rows} rows of a step (steps "
+                    f"{stage.first} to {stage.last - 1}), so some of the streamed text would not be read: use a "
+                    "divisor, or other rows a step (batch.tokens_per_step)"
+                )
 
     def _store(self, i: int, source: SourceConfig, progress: bool) -> TokenStore:
         c = self.config

@@ -23,7 +23,7 @@ class SavingTrainer(Trainer):
 
     A sharded model (FSDP2) writes its parts (training/sharded.py), any other whole files; each reads both, over any
     number of ranks. Subclasses say what else a rank keeps (`progress`) and stop before a bad state is saved
-    (`check_finite`).
+    (`check_state`).
     """
 
     keep: int  # newest whole checkpoints that stay
@@ -33,14 +33,19 @@ class SavingTrainer(Trainer):
         """What this rank keeps beside weights and optimizer; JSON values."""
         return {}
 
-    def check_finite(self) -> None:
+    def check_state(self) -> None:
         """Raise where the state must not be saved."""
+
+    @property
+    def plain_model(self) -> torch.nn.Module:
+        """The model without torch.compile's wrapper, which would be part of every name."""
+        return getattr(self.model, "_orig_mod", self.model)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.saving or self.args.output_dir)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        self.check_finite()
+        self.check_state()
         output, step = Path(self.args.output_dir), self.state.global_step
         self.saving = output / checkpoints.SAVING
         folder = self.saving / f"checkpoint-{step}"
@@ -54,6 +59,7 @@ class SavingTrainer(Trainer):
             checkpoints.write_progress(folder, self.args.process_index, self.progress())
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
+                checkpoints.await_progress(folder, self.args.world_size)
                 checkpoints.seal(folder)
                 checkpoints.publish(folder, output / folder.name)
                 checkpoints.rotate(output, self.keep, step)
@@ -69,7 +75,7 @@ class SavingTrainer(Trainer):
         if not self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
         elif not _internal_call:  # a checkpoint holds the shards, beside the optimizer's
-            whole = sharded.gather(self.model, keep=self.args.should_save)
+            whole = sharded.gather(self.plain_model, keep=self.args.should_save)
             if self.args.should_save:
                 self._save(output_dir, state_dict=whole)
 
@@ -77,12 +83,14 @@ class SavingTrainer(Trainer):
         if not self.is_fsdp_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        sharded.save(Path(output_dir), self.model, self.optimizer)
+        sharded.save(Path(output_dir), self.plain_model, self.optimizer)
         if self.args.should_save:
             (Path(output_dir) / "scheduler.json").write_text(json.dumps(self.lr_scheduler.state_dict()))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        folder, target = Path(resume_from_checkpoint), self.model if model is None else model
+        folder, target = Path(resume_from_checkpoint), self.plain_model
+        if model is not None:
+            target = getattr(model, "_orig_mod", model)
         if sharded.is_sharded(folder):
             sharded.load(folder, target)
             return
@@ -98,7 +106,7 @@ class SavingTrainer(Trainer):
             return
         folder = Path(checkpoint)
         if sharded.is_sharded(folder):
-            sharded.load(folder, self.model, self.optimizer)
+            sharded.load(folder, self.plain_model, self.optimizer)
             self.lr_scheduler.load_state_dict(json.loads((folder / "scheduler.json").read_text()))
         else:
             optimizer, scheduler = (
@@ -106,7 +114,7 @@ class SavingTrainer(Trainer):
                 for name in ("optimizer.pt", "scheduler.pt")
             )
             if self.is_fsdp_enabled:
-                sharded.spread_optimizer(optimizer, self.model, self.optimizer)
+                sharded.spread_optimizer(optimizer, self.optimizer)
             else:
                 self.optimizer.load_state_dict(optimizer)
             self.lr_scheduler.load_state_dict(scheduler)

@@ -1,13 +1,16 @@
 """The parts that a run is put together from: model, tokenizer, arguments, and the state of its folder."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
+from accelerate.utils import broadcast_object_list, gather_object
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
@@ -15,7 +18,8 @@ from training import checkpoints
 from training.config import TrainConfig, difference
 from training.data import Stage, plan_stages
 from training.sources import iter_documents
-from training.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
+from training.store import open_store
+from training.tokenizer import TokenizerConfig, check_tokenizer_config, load_tokenizer, train_tokenizer
 from training.wording import variants, wordings
 
 
@@ -112,7 +116,40 @@ def resume_point(config: TrainConfig, output: Path) -> Path | None:
     # the optimizer's state carries learning rate and weight decay, and the model's what is left of keep_all_steps
     instead = "start a new run from a saved model (model.weights)"
     _check_same(folder.parent / "config.yaml", config, f"resume={config.resume!r} belongs to", instead)
+    if folder.parent.resolve() != output.resolve():
+        # the same command again goes on with what it has done since
+        own_newest = checkpoints.newest(output)
+        if own_newest is not None and checkpoints.step_of(own_newest) > checkpoints.step_of(folder):
+            return own_newest
     return folder
+
+
+def agree(args: TrainingArguments, output: Path, resume: Path | None, finished: bool) -> tuple[Path | None, bool]:
+    """Where all ranks start: what rank 0 found, since another machine may see the folder as it was a while ago.
+
+    resume: the checkpoint that this rank would go on from. finished: whether it has nothing to do.
+    Raises: ValueError, on all ranks, if one doesn't see rank 0's folder, or not the whole checkpoint.
+    """
+    if args.world_size == 1:
+        return resume, finished
+    mark = output / f".start-{uuid4().hex}"
+    if args.process_index == 0:
+        mark.touch()
+    said = [(mark.name, None if resume is None else str(resume), finished)]
+    broadcast_object_list(said)
+    name, folder, finished = said[0]
+    resume = None if folder is None else Path(folder)
+    sees = lambda: (output / name).is_file() and (resume is None or checkpoints.defect(resume) is None)
+    blind = [rank for rank, seen in enumerate(gather_object([checkpoints.wait_for(sees)])) if not seen]
+    if args.process_index == 0:
+        mark.unlink(missing_ok=True)
+    if blind:
+        also = "" if resume is None else f" or not all of {resume}"
+        raise ValueError(
+            f"output={str(output)!r} is another folder for some ranks: {blind} don't see what rank 0 has there"
+            f"{also}: use a folder that all machines share"
+        )
+    return resume, finished
 
 
 def _check_same(saved: Path, config: TrainConfig, what: str, instead: str) -> None:
@@ -182,7 +219,12 @@ def make_tokenizer(config: TrainConfig, output: Path, save: bool) -> PreTrainedT
         )
         if not save:
             return trained
-        trained.save_pretrained(kept)
+        # beside its place first: half a tokenizer is never taken for a whole one
+        saving = kept.with_name(f".saving-{kept.name}")
+        for old in (saving, kept):
+            shutil.rmtree(old, ignore_errors=True)
+        trained.save_pretrained(saving)
+        os.rename(saving, kept)
     return load_tokenizer(TokenizerConfig(path=str(kept)))
 
 
@@ -194,6 +236,23 @@ def _in_turn(config: TrainConfig) -> Iterator[str]:
     texts = [iter_documents(source, f"data.sources[{i}]") for i, source in enumerate(config.data.sources)]
     for group in zip_longest(*texts):
         yield from (text for text in group if text is not None)
+
+
+def tokenise(config: TrainConfig) -> dict[str, int]:
+    """Do what a run begins with and ranks wait for: train the tokenizer, and put sources that aren't streamed into
+    the cache. Returns the tokens of each such source.
+
+    Raises: ValueError for anything wrong with tokenizer or sources.
+    """
+    check_tokenizer_config(config.tokenizer)
+    tokenizer = make_tokenizer(config, Path(config.output).expanduser(), save=True)
+    flags = {"add_bos": config.data.add_bos, "add_eos": config.data.add_eos, "progress": config.log.progress}
+    cache = Path(config.data.cache_dir)
+    return {
+        name: open_store(source, tokenizer, cache, name=name, **flags).total
+        for name, source in ((f"data.sources[{i}]", s) for i, s in enumerate(config.data.sources))
+        if not source.streaming
+    }
 
 
 def training_arguments(

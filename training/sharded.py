@@ -84,7 +84,7 @@ def moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Ten
     }
 
 
-def spread_optimizer(state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def spread_optimizer(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
     """Put the state of an optimizer over a whole model, as `optimizer.state_dict()` gave it, into a sharded one's."""
     held = [p for group in optimizer.param_groups for p in group["params"]]
     numbers = [n for group in state["param_groups"] for n in group["params"]]

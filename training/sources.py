@@ -7,6 +7,7 @@ import importlib.util
 import json
 import lzma
 import os
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,7 +181,9 @@ def read_text(file: Path) -> Iterator[str]:
                     yield text
                 if not chunk:
                     return
-    except (gzip.BadGzipFile, lzma.LZMAError, EOFError) as error:
+    except (OSError, zlib.error, lzma.LZMAError, EOFError) as error:
+        if getattr(error, "errno", None) is not None:
+            raise  # of the file system: decompressors give no number
         raise ValueError(
             f"{file} is damaged or not compressed as its suffix says ({error}): fetch it again"
         ) from None
@@ -253,5 +256,11 @@ def _hub_documents(source: SourceConfig, name: str) -> Iterator[str]:
             f"{name}.hub={source.hub!r} (hub_config={source.hub_config!r}, split={source.split!r}) can't be loaded: "
             f"{error}; check the name and the network, or give a local path"
         ) from None
-    for row in rows:
-        yield _field(row, source.text_field, f"{source.hub} ({source.split})", name)
+    where = f"{source.hub} ({source.split})"
+    if rows.column_names is not None:  # a stream may not know them before its first row
+        _field(dict.fromkeys(rows.column_names, ""), source.text_field, where, name)
+        rows = rows.select_columns([source.text_field])
+    # columns as they are stored: rows as Python objects, with all columns, are several times slower
+    for table in rows.with_format("arrow").iter(batch_size=256):
+        for row in table.to_pylist():
+            yield _field(row, source.text_field, where, name)

@@ -8,10 +8,12 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 from tqdm import tqdm
@@ -21,6 +23,7 @@ from training.sources import SourceConfig, check_source, iter_documents
 
 VERSION = 1
 BATCH_CHARACTERS = 4_000_000
+ABANDONED = 24 * 3600  # seconds after which a half-written store that nobody writes to is removed
 
 
 class TokenStore:
@@ -86,6 +89,8 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _key(source: SourceConfig, files: list[Path], tokenizer: PreTrainedTokenizerBase, flags: list[bool]) -> str:
+    if source.hub is not None and Path(source.hub).is_dir():
+        files = sorted(file for file in Path(source.hub).rglob("*") if file.is_file())
     described = {k: v for k, v in asdict(source).items() if k not in ("weight", "streaming")}
     stamps = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
     text = json.dumps([VERSION, described, stamps, fingerprint(tokenizer), flags], sort_keys=True)
@@ -134,7 +139,10 @@ def _build(
     progress: bool,
 ) -> None:
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
-    work = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    for old in folder.parent.glob(f"{folder.name}.*.partial"):
+        if time.time() - max(path.stat().st_mtime for path in [old, *old.iterdir()]) > ABANDONED:
+            shutil.rmtree(old, ignore_errors=True)
+    work = folder.with_name(f"{folder.name}.{uuid4().hex[:12]}.partial")
     work.mkdir(parents=True)
     try:
         ends, total = [], 0

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
@@ -167,14 +168,29 @@ class HybridTrainer(SavingTrainer):
         """Raises: NonFiniteLoss if a loss since the start was NaN or infinite (waits for the device)."""
         step = int(self.first_bad.item())
         if step >= 0:
-            last = checkpoints.whole(Path(self.args.output_dir))
-            kept = f"{last[-1]} is kept" if last else "there is no whole checkpoint"
-            precise = ", or use precision=fp32" if self.config.precision != "fp32" else ""
-            raise NonFiniteLoss(
-                f"the loss is not finite at step {step}: {kept}; lower optimizer.lr (now "
-                f"{self.config.optimizer.lr:g}), raise optimizer.warmup_steps{precise}, each in a new run with "
-                "another output folder"
-            )
+            raise self._non_finite(f"the loss is not finite at step {step}")
+
+    def check_state(self) -> None:
+        """Raises: NonFiniteLoss if a loss or a weight is NaN or infinite (waits for the device).
+
+        A gradient that isn't finite spoils the weights while the loss of its step still is.
+        """
+        self.check_finite()
+        finite = torch.ones((), dtype=torch.bool, device=self.args.device)
+        for parameter in self.model.parameters():
+            own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            finite &= torch.isfinite(own.detach()).all()
+        if not finite:
+            raise self._non_finite(f"the weights are not finite after step {self.state.global_step}")
+
+    def _non_finite(self, what: str) -> NonFiniteLoss:
+        last = checkpoints.whole(Path(self.args.output_dir))
+        kept = f"{last[-1]} is kept" if last else "there is no whole checkpoint"
+        precise = ", or use precision=fp32" if self.config.precision != "fp32" else ""
+        return NonFiniteLoss(
+            f"{what}: {kept}; lower optimizer.lr (now {self.config.optimizer.lr:g}), raise "
+            f"optimizer.warmup_steps{precise}, each in a new run with another output folder"
+        )
 
     # ---- log ----
 
@@ -247,8 +263,8 @@ class HybridTrainer(SavingTrainer):
             self.sums += torch.tensor([rank["sums"] for rank in ranks], dtype=torch.float64).sum(0).to(self.sums)
         self.step_logged = there["step_logged"]
         self.tokens = self.tokens_logged = there["tokens"]
-        self.cursors = {lane: cursor for rank in ranks for lane, cursor in rank["cursors"].items()}
-        self.rows.load_cursors(self.cursors)
+        self.rows.load_cursors({lane: cursor for rank in ranks for lane, cursor in rank["cursors"].items()})
+        self.cursors = dict(self.rows.cursors)  # those of this rank's lanes
 
 
 def cosine(step: int, steps: int, warmup: int, floor: float) -> float:
@@ -276,7 +292,8 @@ def train(
     setup.check_device(config)
     output = Path(config.output).expanduser()
     resume = setup.resume_point(config, output)
-    if resume is not None and setup.is_finished(config, output, resume):
+    finished = resume is not None and setup.is_finished(config, output, resume)
+    if finished and setup.world_size() == 1:
         return output
     model_settings = setup.model_config(config)
     build = build or setup.build_model
@@ -286,6 +303,9 @@ def train(
     args = setup.training_arguments(
         config, output, accumulation=accumulation, may_skip_parameters=model_settings.keep_all_steps > 0
     )
+    resume, finished = setup.agree(args, output, resume, finished)
+    if finished:
+        return output
     with args.main_process_first(desc="tokenise"):
         tokenizer = setup.make_tokenizer(config, output, save=args.should_save)
         rows = TrainingRows(
@@ -334,7 +354,7 @@ def _run(
         save_config(config, output / "config.yaml")
     try:
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-        trainer.check_finite()
+        trainer.check_state()
         trainer.save_final()
     finally:
         log.close()

@@ -83,7 +83,10 @@ def folder(tmp_path_factory):
 
 
 def launch(ranks: int, file: Path, jobs: list[list[str]]) -> None:
-    """Train with each list of changes, in turn, on so many ranks."""
+    """Train with each list of changes, in turn, on so many ranks.
+
+    Raises: AssertionError with the end of what the ranks wrote, if one fails.
+    """
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     command += [str(Path(__file__).with_name("rank_jobs.py")), json.dumps([[str(file), changes] for changes in jobs])]
@@ -142,6 +145,26 @@ def test_two_ranks_go_on_from_another_kind(folder, run):
     assert_same(folder / run, folder / "one", first=10)
 
 
+def test_names_of_a_compiled_model_are_its_own(folder):
+    """Shards, what goes on from them, and the final model: without the prefix of torch.compile."""
+    short = ["fsdp=true", "compile=true", "steps=4", "checkpoint.every=2", "curriculum=[]"]
+    on = [f"output={folder}/on", f"resume={folder}/compiled/checkpoint-2"]
+    launch(1, folder / "run.yaml", [[f"output={folder}/compiled", *short], [*on, *short]])
+    names = load_file(folder / "one" / "model.safetensors").keys()
+    assert sharded.shapes(folder / "compiled" / "checkpoint-2").keys() == names
+    ours, theirs = (load_file(folder / run / "model.safetensors") for run in ("on", "compiled"))
+    assert ours.keys() == theirs.keys() == names
+    for name in names:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=TOLERANCE, atol=TOLERANCE, msg=name)
+
+
+def test_folders_that_ranks_do_not_share_are_refused(folder):
+    """Each would seal its part as a whole checkpoint."""
+    with pytest.raises(AssertionError, match=r"is another folder for some ranks: \[1\] don't see what rank 0 has"):
+        launch(2, folder / "run.yaml", [[f"output={folder}/of-rank-RANK"]])
+    assert not list(folder.glob("of-rank-*/checkpoint-*"))
+
+
 def test_shards_hold_every_tensor_once(folder):
     """Half of each weight on each rank, λ and the averages with them, and all of the optimizer's moments."""
     whole = load_file(folder / "one" / "checkpoint-10" / "model.safetensors")
@@ -159,8 +182,8 @@ def test_steps_of_another_size_are_refused(folder):
     # a checkpoint without its run's configuration
     alone = shutil.copytree(folder / "one" / "checkpoint-10", folder / "alone" / "checkpoint-10")
     changes = [f"output={folder}/refused", f"resume={alone}", "batch.tokens_per_step=null"]
-    with pytest.raises(ValueError, match=r"make \[6, 3\] rows a step .* made with \[8, 4\]: set .*per_step=384$"):
-        train(load_config(folder / "run.yaml", [*changes, "batch.sequences=3"]))
+    with pytest.raises(ValueError, match=r"make \[12, 6\] rows a step .* made with \[8, 4\]: set .*per_step=384$"):
+        train(load_config(folder / "run.yaml", [*changes, "batch.sequences=6"]))
     with pytest.raises(ValueError, match=r"read its streams in 2 lanes, now there are 4"):
         train(load_config(folder / "run.yaml", [f"output={folder}/lanes", changes[1], "data.lanes=4"]))
 

@@ -18,6 +18,11 @@ def read(**fields) -> list[str]:
     return list(iter_documents(SourceConfig(**fields), "data.sources[0]"))
 
 
+# gzip's header is whole, and then deflate begins with a kind of block that there isn't
+WHOLE = gzip.compress(b"text " * 99, mtime=0)
+UNKNOWN_BLOCK = WHOLE[:10] + b"\x06" + WHOLE[11:]
+
+
 def write_zst(path, data: bytes) -> None:
     with pyarrow.output_stream(str(path), compression="zstd") as out:
         out.write(data)
@@ -56,11 +61,15 @@ def test_empty_documents_are_left_out_and_white_space_collapses(tmp_path):
 
 def test_hub_dataset(tmp_path, texts, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    table = pyarrow.table({"body": texts})
+    table = pyarrow.table({"body": texts, "number": list(range(len(texts)))})
     (tmp_path / "set").mkdir()
     pyarrow.parquet.write_table(table, tmp_path / "set" / "train.parquet")
     for streaming in (False, True):
         assert read(hub=str(tmp_path / "set"), text_field="body", streaming=streaming) == texts
+        with pytest.raises(
+            ValueError, match=r"text_field='other' is missing in .*set \(train\): it has body, number"
+        ):
+            read(hub=str(tmp_path / "set"), text_field="other", streaming=streaming)
 
 
 def test_wrong_encoding_names_the_byte(tmp_path, monkeypatch):
@@ -85,6 +94,8 @@ def test_wrong_encoding_names_the_byte(tmp_path, monkeypatch):
         ("x.jsonl", b'{"text": 3}\n', {}, r"text_field='text' holds int"),
         ("x.parquet", b"PAR1 but no more", {}, r"x\.parquet is no readable parquet"),
         ("x.txt.gz", b"not compressed", {}, r"x\.txt\.gz is damaged"),
+        ("x.txt.gz", UNKNOWN_BLOCK, {}, r"x\.txt\.gz is damaged"),
+        ("x.txt.zst", b"not compressed", {}, r"x\.txt\.zst is damaged"),
         ("x.txt.xz", lzma.compress(b"text " * 99)[:-9], {}, r"x\.txt\.xz is damaged"),
         ("x.txt", b"text", {"hub": "some/name"}, r"set exactly one"),
         ("x.txt", b"text", {"weight": 0.0}, r"weight=0\.0 is not positive"),

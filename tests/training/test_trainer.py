@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from training import checkpoints, setup
 from training.checkpoints import CheckpointError
@@ -223,6 +223,27 @@ def test_a_loss_that_is_not_finite_stops_the_run(folder):
     assert all(torch.isfinite(x).all() for x in load_file(run / "checkpoint-4" / "model.safetensors").values())
 
 
+def test_weights_that_are_not_finite_are_not_saved(folder):
+    """A gradient is infinite in the step of a save: the loss of that step is finite, the next one's isn't."""
+
+    def build(config, tokenizer):
+        model = setup.build_model(config, tokenizer)
+        calls = []
+
+        def spoil(gradient):
+            calls.append(1)
+            return gradient * float("inf") if len(calls) == 2 * 8 else gradient
+
+        model.lm_head.weight.register_hook(spoil)
+        return model
+
+    with pytest.raises(
+        NonFiniteLoss, match=r"the weights are not finite after step 8: .*checkpoint-4 is kept; lower"
+    ):
+        train(configured(folder, "checkpoint.keep=1"), build)
+    assert [p.name for p in checkpoints.checkpoints(folder / "run")] == ["checkpoint-4"]
+
+
 @pytest.mark.parametrize(
     ("damaged", "kept"), [([6], "checkpoint-3 is kept"), ([3, 6], "there is no whole checkpoint")]
 )
@@ -278,6 +299,19 @@ def test_a_checkpoint_goes_on_in_another_folder_only_as_configured(folder):
     train(configured(folder, *there, "checkpoint.every=1", "log.tensorboard=true"))
     (run / "log.jsonl").write_text("".join((run / "log.jsonl").read_text().splitlines(keepends=True)[4:]))
     assert_same_run(folder / "new", run)
+
+
+def test_the_same_command_goes_on_after_a_checkpoint_of_another_run(folder, monkeypatch):
+    run = train(configured(folder, "steps=6"))
+    line = configured(folder, "steps=6", f"output={folder}/new", f"resume={run}/checkpoint-4", "checkpoint.every=1")
+    assert setup.resume_point(line, folder / "new") == run / "checkpoint-4"
+    new = train(line)
+    assert setup.resume_point(line, new) == new / "checkpoint-6"
+    monkeypatch.setattr(HybridTrainer, "train", None)
+    assert train(line) == new, "it is finished"
+    # in its own folder a run goes back as often as it is told to
+    back = configured(folder, "steps=6", f"resume={run}/checkpoint-4")
+    assert setup.resume_point(back, run) == run / "checkpoint-4"
 
 
 def test_steps_of_other_rows_are_refused_with_what_would_do(folder):
@@ -384,6 +418,56 @@ def test_bad_input_is_found_before_training(folder, changes, message):
     with pytest.raises(ValueError, match=message):
         train(configured(folder, *changes))
     assert not list((folder / "run").glob("checkpoint-*"))
+
+
+def test_half_a_tokenizer_is_not_taken_for_a_whole_one(folder, monkeypatch):
+    config = configured(folder, "tokenizer={path: null, train_vocab_size: 280}")
+
+    def cut_off(self, path, **more):
+        Path(path).mkdir(parents=True)
+        (Path(path) / "tokenizer_config.json").write_text("{}")
+        raise OSError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", cut_off)
+        with pytest.raises(OSError, match="killed"):
+            setup.make_tokenizer(config, folder / "run", save=True)
+    assert not (folder / "run" / "tokenizer").exists()
+    assert len(setup.make_tokenizer(config, folder / "run", save=True)) == 280
+    assert [path.name for path in (folder / "run").iterdir()] == ["tokenizer"]
+
+
+def test_text_can_be_tokenised_before_a_run(folder, monkeypatch, capsys):
+    import lalte
+
+    assert lalte.main(["train", str(folder / "run.yaml"), "--tokenise"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("data.sources[0]: "), "the other one is streamed"
+    assert shown.count("tokens in the cache") == 1
+    assert not (folder / "run").exists()
+    monkeypatch.setattr("training.store._build", None)
+    train(configured(folder, "steps=1"))
+
+
+def test_ranks_start_where_the_first_one_does(folder, monkeypatch):
+    """Another machine may see the run's folder as it was a while ago."""
+    run = train(configured(folder, "steps=8"))
+    newest = str(run / "checkpoint-8")
+    args = TrainingArguments(output_dir=str(run), use_cpu=True)
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    monkeypatch.setattr(TrainingArguments, "process_index", 1)
+    monkeypatch.setattr(checkpoints, "PATIENCE", 0.3)
+    monkeypatch.setattr(setup, "gather_object", lambda seen: [True, *seen])
+
+    (run / ".start-x").touch()
+    from_rank_zero = lambda said: said.__setitem__(0, (".start-x", newest, True))
+    monkeypatch.setattr(setup, "broadcast_object_list", from_rank_zero)
+    assert setup.agree(args, run, run / "checkpoint-4", False) == (run / "checkpoint-8", True)
+    for missing in (run / ".start-x", run / "checkpoint-8" / "model.safetensors"):
+        (run / ".start-x").touch()
+        missing.unlink()
+        with pytest.raises(ValueError, match=r"another folder for some ranks: \[1\] don't see .* a folder that all"):
+            setup.agree(args, run, None, False)
 
 
 def test_trained_tokenizer_and_start_from_weights(folder):

@@ -1,6 +1,11 @@
 """Packing, order, sharding over ranks, resuming of streams, and the curriculum's plan."""
 
+import os
+import shutil
+import time
+
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 
@@ -8,7 +13,7 @@ from training import data as data_module
 from training.data import DataConfig, StageConfig, StepBatches, TrainingRows, plan_stages
 from training.rows import IGNORED, collate
 from training.sources import SourceConfig
-from training.store import TokenStore, open_store
+from training.store import ABANDONED, TokenStore, open_store
 from training.tokenizer import check_vocabulary
 from training.wording import NeedleConfig
 
@@ -16,13 +21,13 @@ SEPARATOR = "\n<end>\n"
 
 
 def make_rows(tokenizer, text_file, *, rank=0, world=1, steps=4, seed=5, needles=None, curriculum=(), **fields):
-    streaming = fields.pop("streaming", False)
+    streaming, sequences = fields.pop("streaming", False), fields.pop("sequences", 3)
     config = DataConfig(
         sources=[SourceConfig(path=str(text_file), separator=SEPARATOR, streaming=streaming)],
         cache_dir=str(text_file.parent / "cache"),
         **{"sequence_length": 37, **fields},
     )
-    stages = plan_stages(config, needles or NeedleConfig(), list(curriculum), steps=steps, sequences=3)
+    stages = plan_stages(config, needles or NeedleConfig(), list(curriculum), steps=steps, sequences=sequences)
     return TrainingRows(config, stages, tokenizer, seed=seed, rank=rank, world=world, progress=False)
 
 
@@ -94,7 +99,7 @@ def test_ranks_share_no_row_and_together_give_the_single_rank_order(tokenizer, t
 def test_streams_of_ranks_are_disjoint_and_complete(tokenizer, text_file, texts):
     found = []
     for rank in range(2):
-        rows = make_rows(tokenizer, text_file, rank=rank, world=2, streaming=True, shuffle_buffer=7)
+        rows = make_rows(tokenizer, text_file, rank=rank, world=2, streaming=True, shuffle_buffer=7, sequences=4)
         stream = rows.streams[0, rank]
         seen = set()
         while stream.epoch == 0:
@@ -195,7 +200,15 @@ def test_lanes_that_ranks_can_not_share(tokenizer, text_file):
     with pytest.raises(ValueError, match=r"data\.lanes=3 can't be shared by 2 ranks"):
         make_rows(tokenizer, text_file, world=2, streaming=True, lanes=3)
     with pytest.raises(ValueError, match=r"holds no text for lane 70 of 80: add documents, or lower data\.lanes"):
-        make_rows(tokenizer, text_file, streaming=True, lanes=80).streams[0, 70].row(9)
+        make_rows(tokenizer, text_file, streaming=True, lanes=80, sequences=80).streams[0, 70].row(9)
+
+
+def test_every_lane_is_read_in_every_step(tokenizer, text_file):
+    """Otherwise documents of the others wait in memory for good."""
+    message = r"data\.lanes=3 doesn't divide the 4 rows of a step \(steps 0 to \d+\), .*batch\.tokens_per_step"
+    with pytest.raises(ValueError, match=message):
+        make_rows(tokenizer, text_file, streaming=True, lanes=3, sequences=4)
+    make_rows(tokenizer, text_file, lanes=3, sequences=4)
 
 
 def test_a_step_of_so_many_tokens():
@@ -278,6 +291,9 @@ def test_curriculum(tokenizer):
         (15, 40, 96, 4),
     ]
     assert [s.needles.digits for s in stages] == [1, 5, 5]
+    longer = [StageConfig(until_step=5, sequence_length=97)]
+    with pytest.raises(ValueError, match=r"curriculum\[0\]\.sequence_length=97 is above data\.sequence_length=96"):
+        plan_stages(data, NeedleConfig(), longer, steps=9, sequences=4)
     keys = list(StepBatches(stages, accumulation=2))
     assert len(keys) == 80
     assert [len(batch) for batch in keys[18:22]] == [12, 12, 6, 6]
@@ -308,6 +324,34 @@ def test_store_is_built_once_and_survives_a_dead_writer(tokenizer, text_file, mo
         assert build().total == store.total
     text_file.write_text("changed")
     assert build().total < store.total
+
+
+def test_an_abandoned_store_goes_and_another_writer_stays(tokenizer, text_file, monkeypatch):
+    source = SourceConfig(path=str(text_file), separator=SEPARATOR)
+    cache = text_file.parent / "cache"
+    build = lambda: open_store(source, tokenizer, cache, name="s", add_bos=True, add_eos=True, progress=False)
+    folder = build().folder
+    now = time.time()
+    for name, age in (("old", 2 * ABANDONED), ("own", 60)):
+        work = cache / f"{folder.name}.{name}.partial"
+        work.mkdir()
+        (work / "tokens.bin").write_bytes(b"1")
+        for path in (work / "tokens.bin", work):
+            os.utime(path, (now - age, now - age))
+    (folder / "meta.json").unlink()
+    shutil.rmtree(folder)
+    build()
+    assert {path.name for path in cache.iterdir()} == {folder.name, f"{folder.name}.own.partial"}
+
+
+def test_the_store_of_a_local_hub_folder_follows_its_files(tokenizer, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "set").mkdir()
+    source = SourceConfig(hub=str(tmp_path / "set"))
+    for count in (10, 30):
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts[:count]}), tmp_path / "set" / "train.parquet")
+        store = open_store(source, tokenizer, tmp_path / "c", name="s", add_bos=True, add_eos=True, progress=False)
+        assert len(store) == count
 
 
 def test_empty_data_and_short_data(tokenizer, tmp_path):
