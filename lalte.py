@@ -320,7 +320,10 @@ def _add_commands(parser: argparse.ArgumentParser, commands: dict[str, Command],
     for word, command in commands.items():
         formatter = argparse.RawDescriptionHelpFormatter
         child = places.add_parser(word, help=command.help, formatter_class=formatter, allow_abbrev=False)
-        child.add_argument("--debug", action="store_true", help="show where an error arose")
+        # without a default: that of an inner command would replace what was given to the outer one
+        child.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help="show where an error arose"
+        )
         child.command = command
         if command.run is not None:
             child.set_defaults(run=command.run)
@@ -354,7 +357,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        if args.debug:
+        if getattr(args, "debug", False):
             raise
         text = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, RuntimeError):

@@ -210,8 +210,8 @@ def run_perplexity(
     tokens: int = 1_000_000,
     chunk: int = 512,
     cache: str = "auto",
-    sinks: int = 4,
-    window: int = 1020,
+    sinks: int | None = None,
+    window: int | None = None,
     limit: int | None = None,
     budget: int | None = None,
     retention: str | None = None,
@@ -247,6 +247,8 @@ def run_perplexity(
         raise ValueError(f"chunk: {chunk} is not a multiple of {BLOCK}; take {-(-chunk // BLOCK) * BLOCK}")
     if not texts:
         raise ValueError("text: no file given; give at least one")
+    if tokens < 2:
+        raise ValueError(f"tokens: {tokens} leaves none to predict; use 2 or more")
     identity = texts_identity(texts)
     limit = _limit(model, cache, limit)
     wanted = tokens if limit is None else min(tokens, limit)

@@ -39,8 +39,8 @@ class StreamSettings(ModelSettings):
     """Of every evaluation that reads endless text."""
 
     chunk: int = 256
-    sinks: int = 4
-    window: int = 1020
+    sinks: int | None = None
+    window: int | None = None
 
 
 @dataclass

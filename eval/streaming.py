@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 CACHES = ("auto", "full", "stream")
+SINKS, WINDOW = 4, 1020  # of a streaming cache, unless others are given
 PIECE_CHARACTERS = 1 << 16
 RECORD_SEPARATOR = "\x1e"
 
@@ -98,8 +99,8 @@ def new_cache(
     model: Any,
     kind: str,
     batch: int,
-    sinks: int,
-    window: int,
+    sinks: int | None = None,
+    window: int | None = None,
     budget: int | None = None,
     retention: str | None = None,
 ) -> Any:
@@ -109,22 +110,26 @@ def new_cache(
         kind: `auto`: the model's own, under the rule that the model has now, or a full one where it has none;
             `full`; `stream`: sinks and window, and with a budget the tokens that the policy `retention` keeps
             (models.streaming).
-        sinks, window, budget, retention: of `stream` only.
+        sinks, window, budget, retention: of `stream` only; sinks and window are `SINKS` and `WINDOW` if None.
 
     Raises:
-        ValueError: an unknown kind, or one that the model can't be read with.
+        ValueError: an unknown kind, one that the model can't be read with, or what the kind has no use for.
     """
     if kind not in CACHES:
         raise ValueError(f"cache: {kind!r} is unknown; use one of {', '.join(CACHES)}")
     own = hasattr(model, "new_cache")
     if own and kind != "auto":
         raise ValueError(f"cache: {type(model).__name__} has a cache of its own; use auto instead of {kind}")
-    if own:
-        return model.new_cache(batch)
     if kind == "stream":
         from models.streaming import stream
 
-        return stream(model, sinks, window, budget or 0, retention)
+        return stream(model, *_slots(sinks, window), budget or 0, retention)
+    for name, value in (("sinks", sinks), ("window", window)):
+        if value is not None:
+            holds = "has sinks and a window of its own" if own else "keeps every token"
+            raise ValueError(f"{name}: {value} is of cache stream only, this one {holds}; leave {name} out")
+    if own:
+        return model.new_cache(batch)
     if retention is not None or budget is not None:
         name = "budget" if retention is None else "retention"
         raise ValueError(f"{name}: {type(model).__name__} retains tokens with cache stream only; leave {name} out")
@@ -133,10 +138,21 @@ def new_cache(
     return DynamicCache(config=model.config)
 
 
-def cache_text(kind: str, sinks: int, window: int, budget: int | None = None, retention: str | None = None) -> str:
+def _slots(sinks: int | None, window: int | None) -> tuple[int, int]:
+    return SINKS if sinks is None else sinks, WINDOW if window is None else window
+
+
+def cache_text(
+    kind: str,
+    sinks: int | None = None,
+    window: int | None = None,
+    budget: int | None = None,
+    retention: str | None = None,
+) -> str:
     """The same in a word, for settings of a run: `full`, `stream 4+1020`, `stream 4+512+508 h2o`."""
     if kind != "stream":
         return kind
+    sinks, window = _slots(sinks, window)
     return f"stream {sinks}+{budget}+{window} {retention}" if budget else f"stream {sinks}+{window}"
 
 

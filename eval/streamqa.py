@@ -22,7 +22,7 @@ from .choices import ANSWERS, Question, conversation
 from .conditions import evaluating, retained
 from .loading import model_identity, tokenizer_identity
 from .results import SampleLog, claim_folder, row
-from .streaming import cache_text, new_cache
+from .streaming import SINKS, WINDOW, cache_text, new_cache
 from .streams import Piece, Stream, check_tokenizer, read_streams, run_streams, write_run
 
 DEFINITION = "multiple-choice questions in a stream, right answers in the stream, exact match, version 1"
@@ -67,11 +67,16 @@ def _cache_of(model: Any, system: str, rule: tuple[int, int, int | None, str | N
     kinds = {
         "window": ("stream", 0, sinks + window + (budget or 0)),
         "streaming": ("stream", *rule),
-        "dense": ("full", sinks, window),
+        "dense": ("full",),
     }
-    kind, *how = kinds.get(system, ("auto", sinks, window))
-    if system == "own" and not hasattr(model, "new_cache"):
+    kind, *how = kinds.get(system, ("auto",))
+    own = hasattr(model, "new_cache")
+    if system == "own" and not own:
         raise ValueError(f"systems: {type(model).__name__} has no cache of its own; use dense, window and streaming")
+    if own and kind != "auto":
+        raise ValueError(
+            f"systems: {system} needs another cache, and {type(model).__name__} has its own; use own or one-shot"
+        )
     make = lambda batch: new_cache(model, kind, batch, *how)
     make(1)
     return make, cache_text(kind, *how)
@@ -108,8 +113,8 @@ def run_streamqa(
     seed: int = 0,
     batch_size: int = 8,
     chunk: int = 256,
-    sinks: int = 4,
-    window: int = 1020,
+    sinks: int | None = None,
+    window: int | None = None,
     budget: int | None = None,
     retention: str | None = None,
     resume: bool = True,
@@ -138,6 +143,10 @@ def run_streamqa(
     """
     own = hasattr(model, "new_cache")
     systems = list(systems or (("own", "one-shot") if own else SYSTEMS[1:]))
+    for name, value in (("sinks", sinks), ("window", window)):
+        if value is not None and not {"window", "streaming"} & set(systems):
+            raise ValueError(f"{name}: {value} is of the systems window and streaming; leave {name} out")
+    sinks, window = SINKS if sinks is None else sinks, WINDOW if window is None else window
     _check(
         systems, answers, chat, tokenizer, samples, streams=streams, batch_size=batch_size, chunk=chunk, window=window
     )

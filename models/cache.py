@@ -151,8 +151,8 @@ class HybridCache(Cache):
         for key, value in (expect or {}).items():
             if metadata.get(key) != value:
                 raise ValueError(
-                    f"{path} belongs to another model ({key} is {metadata.get(key)!r}, this model's is {value!r}); "
-                    "use the model that wrote it, or another file"
+                    f"{path} belongs to another model, or this one in another form ({key} is {metadata.get(key)!r}, "
+                    f"here {value!r}); use what wrote it, or another file"
                 )
         if "rule" in metadata:
             _refuse_another_rule(path, json.loads(metadata["rule"]), self.rule)

@@ -42,6 +42,12 @@ class Sampling:
             raise ValueError(f"top_k={self.top_k} must be at least 1; leave it out to draw from all tokens")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must lie in (0, 1]; leave it out to draw from all tokens")
+        for name, value in (("top_k", self.top_k), ("top_p", self.top_p)):
+            if value is not None and self.temperature == 0:
+                raise ValueError(
+                    f"{name}={value} has no use where temperature=0 takes the likeliest token: give a temperature, "
+                    f"such as 1.0, or leave {name} out"
+                )
 
 
 GREEDY = Sampling()

@@ -139,6 +139,11 @@ class HybridModel(HybridPreTrainedModel):
         if past_key_values is not None:
             if cu_seqlens is not None:
                 raise ValueError("cu_seqlens packs whole documents: use it without past_key_values")
+            if not isinstance(past_key_values, HybridCache):
+                raise ValueError(
+                    f"past_key_values is a {type(past_key_values).__name__}, which doesn't hold what this model "
+                    "remembers: use model.new_cache(batch)"
+                )
             if past_key_values.batch != batch:
                 raise ValueError(
                     f"past_key_values has {past_key_values.batch} rows, the input {batch}; allocate a cache of "

@@ -36,10 +36,12 @@ def check_mask(mask: Tensor, batch: int, length: int, past: int) -> Tensor | Non
 def unpad(x_BTC: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
     """Real tokens packed into one row [1, M, C], their cu_seqlens (a document a row), and the way back.
 
-    The way back puts zeros where padding is.
+    The way back puts zeros where padding is. Raises: ValueError if all of it is padding.
     """
     batch, length = mask_BT.shape
     index_M = mask_BT.flatten().nonzero().squeeze(1)
+    if not len(index_M):
+        raise ValueError("attention_mask is zero everywhere: give at least one token that isn't padding")
     cu_seqlens = F.pad(mask_BT.sum(1, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
 
     def restore(y_1MC: Tensor) -> Tensor:

@@ -61,13 +61,15 @@ def run(
         Exit status: 0, or 130 after Ctrl-C.
 
     Raises:
-        ValueError: the session belongs to another model, or there is nothing to continue.
+        ValueError: the session belongs to another model, there is nothing to continue, or no generator has that seed.
         OSError: the session or the output can't be written.
     """
+    if not 0 <= seed < 1 << 63:
+        raise ValueError(f"seed={seed} is outside 0 to {(1 << 63) - 1}")
     cache = model.new_cache()
-    name = fingerprint(model) if session is not None else ""
+    identity = {} if session is None else {"dtype": str(model.dtype), "model": fingerprint(model)}
     resumed = session is not None and session.exists()
-    ids = open_session(session, cache, name) if resumed else []
+    ids = open_session(session, cache, identity) if resumed else []
     if prompt:
         ids += tokenizer(prompt, add_special_tokens=not resumed, verbose=False).input_ids
     if not ids:
@@ -84,7 +86,7 @@ def run(
         printed = print_tokens(tokens, tokenizer, ends, interrupted)
         seconds = time.perf_counter() - read_at
         if session is not None:
-            save_session(session, cache, name, printed.last)
+            save_session(session, cache, identity, printed.last)
     if printed.failure is not None:
         raise printed.failure
     decoded = max(0, printed.count - 1)  # the first token comes from the prompt's logits
@@ -97,18 +99,18 @@ def run(
     return INTERRUPTED if interrupted() else 0
 
 
-def save_session(path: Path, cache: HybridCache, name: str, last: list[int]) -> None:
-    """Write a session, whole or not at all: the cache, the model's fingerprint, and the token not read yet."""
-    cache.save(path, {"model": name, "last": " ".join(map(str, last))})
+def save_session(path: Path, cache: HybridCache, identity: dict[str, str], last: list[int]) -> None:
+    """Write a session, whole or not at all: the cache, the model's dtype and fingerprint, the token not read yet."""
+    cache.save(path, {**identity, "last": " ".join(map(str, last))})
 
 
-def open_session(path: Path, cache: HybridCache, name: str) -> list[int]:
+def open_session(path: Path, cache: HybridCache, identity: dict[str, str]) -> list[int]:
     """Fill the cache from a session; the token that was generated but not read yet, if there is one.
 
     Raises:
         ValueError: no session, or one of another model.
     """
-    metadata = cache.load(path, expect={"model": name})
+    metadata = cache.load(path, expect=identity)
     try:
         return [int(token) for token in metadata["last"].split()]
     except (KeyError, ValueError):

@@ -300,11 +300,15 @@ def test_sessions_that_are_refused(run, fails, folder, tmp_path):
     assert "was written with budget=3, this cache has budget=1; use budget=3" in fails(
         *generate(folder, "--session", session, "--budget", 1)
     )
-    assert "belongs to another model" in fails(*generate(folder, "--session", session, "--dtype", "bfloat16"))
+    assert "in another form (dtype is 'torch.float32', here 'torch.bfloat16')" in fails(
+        *generate(folder, "--session", session, "--dtype", "bfloat16")
+    )
+    assert "seed=-1 is outside 0 to" in fails(*generate(folder, "--prompt", PROMPT, "--seed", -1))
     (tmp_path / "text").write_text("no session at all")
     assert "is not a session file" in fails(*generate(folder, "--session", tmp_path / "text"))
     model, _ = lalte.load(folder)
-    model.new_cache().save(tmp_path / "cache", {"model": terminal.fingerprint(model)})
+    identity = {"dtype": "torch.float32", "model": terminal.fingerprint(model)}
+    model.new_cache().save(tmp_path / "cache", identity)
     assert "no session of a text" in fails(*generate(folder, "--session", tmp_path / "cache"))
     assert session.read_bytes() == kept
 
@@ -389,7 +393,7 @@ def test_closed_pipe(folder, tmp_path):
     process.stderr.close()
     model, tokenizer = lalte.load(folder)
     cache = model.new_cache()
-    last = terminal.open_session(session, cache, terminal.fingerprint(model))
+    last = terminal.open_session(session, cache, {"model": terminal.fingerprint(model)})
     assert len(last) == 1
     done = cache.columns - len(tokenizer(PROMPT).input_ids) + 1
     assert expected_text(folder, PROMPT, done, (model, tokenizer)).startswith(text)
@@ -504,6 +508,8 @@ def test_errors_are_one_line_unless_debugging(run, fails, monkeypatch):
     )
     with pytest.raises(ValueError, match="is no file"):
         lalte.main(["info", "nowhere.json", "--debug"])
+    with pytest.raises(ValueError, match="nowhere is no folder"):
+        lalte.main(["eval", "--debug", "perplexity", "--model", "nowhere", "--text", "nothing", "--out", "out"])
 
     def raising(error):
         def load_config(*_):

@@ -1,6 +1,7 @@
 """The configuration of a training run: defaults < file < command line, strictly typed, unknown keys are errors."""
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
@@ -250,7 +251,9 @@ def check_config(config: TrainConfig) -> None:
         need(b.accumulation == 1, "batch.accumulation", b.accumulation, "leave it at 1: tokens_per_step decides")
     lanes = config.data.lanes
     need(lanes is None or lanes >= 1, "data.lanes", lanes, "use 1 or more, or null")
-    need(o.lr > 0, "optimizer.lr", o.lr, "use a positive learning rate")
+    need(0 < o.lr < math.inf, "optimizer.lr", o.lr, "use a positive learning rate")
+    need(0 <= o.weight_decay < math.inf, "optimizer.weight_decay", o.weight_decay, "use 0 or more")
+    need(0 < o.eps < math.inf, "optimizer.eps", o.eps, "use a small positive number, such as 1e-8")
     need(o.clip >= 0, "optimizer.clip", o.clip, "use a positive norm, or 0 for no clipping")
     need(o.warmup_steps >= 0, "optimizer.warmup_steps", o.warmup_steps, "use 0 or more")
     need(0 <= o.min_lr_ratio <= 1, "optimizer.min_lr_ratio", o.min_lr_ratio, "use a share from 0 to 1")

@@ -98,6 +98,7 @@ def plan_stages(
     closing = StageConfig(until_step=steps)
     for number, stage in enumerate([*curriculum, closing]):
         name = f"curriculum[{number}]"
+        inner = "" if stage is closing else f"{name}."  # the closing stage is the run's own settings
         if stage is not closing and stage.until_step <= first and number < len(curriculum):
             raise ValueError(
                 f"{name}.until_step={stage.until_step} is not after step {first}, where the stage begins: "
@@ -114,7 +115,7 @@ def plan_stages(
                 f"{name}.sequence_length={length} is above data.sequence_length={data.sequence_length}, the longest "
                 "of the run, which model and retention are made for: raise that"
             )
-        settings = merge_needles(needles, stage.needles, f"{name}.needles")
+        settings = merge_needles(needles, stage.needles, f"{inner}needles")
         rows = max(1, sequences * data.sequence_length // length)
         if tokens_per_step is not None:
             rows = tokens_per_step // (length * parts)

@@ -13,6 +13,7 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from training import checkpoints
 from training.config import TrainConfig, difference
@@ -96,14 +97,18 @@ def resume_point(config: TrainConfig, output: Path) -> Path | None:
     if output.exists() and not output.is_dir():
         raise ValueError(f"output={config.output!r} is a file: name a folder")
     saved = output / "config.yaml"
-    own = saved.is_file() or bool(checkpoints.checkpoints(output)) or (output / "model.safetensors").is_file()
+    begun = bool(checkpoints.checkpoints(output)) or (output / "model.safetensors").is_file()
+    own = begun or (
+        saved.is_file() and (output / "log.jsonl").is_file()
+    )  # a run may have failed before its first step
     if config.resume == "never" and own:
         raise ValueError(
             f"output={config.output!r} holds a run already and resume='never': name another output folder"
         )
     if own and not saved.is_file():
         raise ValueError(f"output={config.output!r} holds a model but no config.yaml: name another output folder")
-    _check_same(saved, config, f"output={config.output!r} holds", "name another output folder")
+    if own:
+        _check_same(saved, config, f"output={config.output!r} holds", "name another output folder")
     if config.resume in ("auto", "never"):
         return checkpoints.newest(output)
     folder = Path(config.resume).expanduser()
@@ -263,7 +268,13 @@ def training_arguments(
     accumulation: micro-batches of a step. may_skip_parameters: there are steps in which some parameters get no
     gradient.
     """
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output={config.output!r} can't be made ({error.strerror}): name another folder") from None
+    for name in config.log.report_to:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ValueError(f"log.report_to={list(config.log.report_to)}: {name} is unknown: use wandb or trackio")
     extra: dict[str, Any] = {}
     if config.fsdp:
         extra = {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}}

@@ -143,7 +143,12 @@ def _build(
         if time.time() - max(path.stat().st_mtime for path in [old, *old.iterdir()]) > ABANDONED:
             shutil.rmtree(old, ignore_errors=True)
     work = folder.with_name(f"{folder.name}.{uuid4().hex[:12]}.partial")
-    work.mkdir(parents=True)
+    try:
+        work.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(
+            f"data.cache_dir={str(folder.parent)!r} can't be written ({error.strerror}): name another folder"
+        ) from None
     try:
         ends, total = [], 0
         bar = tqdm(desc=title, unit="token", unit_scale=True, disable=not progress, leave=False)

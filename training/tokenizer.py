@@ -86,7 +86,10 @@ def train_tokenizer(
     seen = _Limited(texts, characters)
     bpe.train_from_iterator(seen, trainer)
     if seen.count == 0:
-        raise ValueError("tokenizer.train_vocab_size is set but the sources hold no text to train it on")
+        raise ValueError(
+            f"tokenizer.train_vocab_size={vocab_size}, but data.sources hold no text to train on: name files that "
+            "aren't empty"
+        )
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, unk_token=UNKNOWN, bos_token=BEGIN, eos_token=END, pad_token=PAD
     )

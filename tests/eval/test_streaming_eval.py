@@ -220,7 +220,20 @@ def test_perplexity_refuses_what_it_cannot_do(book, tokenizer, tmp_path):
         (ours, [book], {"chunk": 50}, "chunk: 50 is not a multiple of 32; take 64"),
         (ours, [book], {"cache": "full"}, "has a cache of its own"),
         (llama, [book], {"cache": "rolling"}, "cache: 'rolling' is unknown"),
+        (
+            ours,
+            [book],
+            {"window": 50},
+            "window: 50 is of cache stream only, this one has sinks and a window of its own",
+        ),
+        (
+            llama,
+            [book],
+            {"sinks": 2, "cache": "full"},
+            "sinks: 2 is of cache stream only, this one keeps every token",
+        ),
         (llama, [book], {"tokens": 0}, "tokens: 0 is not"),
+        (llama, [book], {"tokens": 1}, "tokens: 1 leaves none to predict; use 2 or more"),
         (llama, [], {}, "text: no file given"),
         (llama, [tmp_path / "nothing.txt"], {}, "nothing.txt is not a file"),
         (llama, [tmp_path / "empty.txt"], {}, "fewer than two tokens"),
@@ -241,7 +254,7 @@ def test_caches_are_saved_and_loaded(name, tmp_path):
     build, how = CASES[name]
     model = build()
     ids = torch.randint(400, (1, 150), generator=torch.Generator().manual_seed(1))
-    how = {"cache": "auto", "sinks": 0, "window": 0} | how
+    how = {"cache": "auto"} | how
     make = lambda: new_cache(
         model, how["cache"], 1, *(how.get(x) for x in ("sinks", "window", "budget", "retention"))
     )

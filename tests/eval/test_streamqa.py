@@ -172,6 +172,7 @@ def test_what_can_not_be_run(tokenizer, tmp_path):
         ({"systems": ["sparse"]}, "systems: .'sparse'"),
         ({"systems": ["dense", "dense"]}, "each once"),
         ({"systems": ["own"]}, "LlamaForCausalLM has no cache of its own"),
+        ({"systems": ["dense"], "window": 9}, "window: 9 is of the systems window and streaming; leave window out"),
         ({"answers": "number"}, "answers: 'number'"),
         ({"chat": True}, "no chat template"),
         ({"samples": 0}, "samples: 0"),
@@ -180,7 +181,7 @@ def test_what_can_not_be_run(tokenizer, tmp_path):
     ):
         with pytest.raises(ValueError, match=words):
             run_streamqa(model, tokenizer, QUESTIONS, tmp_path / "out", progress=False, **how)
-    with pytest.raises(ValueError, match="Rememberer has a cache of its own"):
+    with pytest.raises(ValueError, match="systems: window needs another cache, .* its own; use own or one-shot"):
         run_streamqa(Rememberer(9), tokenizer, QUESTIONS, tmp_path / "out", systems=["window"], progress=False)
     assert not (tmp_path / "out").exists()
 

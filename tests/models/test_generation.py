@@ -327,6 +327,8 @@ def test_top_p_keeps_the_likeliest():
         ({"temperature": -0.1}, "temperature=-0.1 must be 0"),
         ({"temperature": float("nan")}, "temperature=nan must be 0"),
         ({"top_k": 0}, "top_k=0 must be at least 1"),
+        ({"top_k": 5}, "top_k=5 has no use where temperature=0 takes the likeliest token: give a temperature"),
+        ({"top_p": 0.5}, r"top_p=0\.5 has no use where temperature=0"),
         ({"top_p": 0.0}, r"top_p=0.0 must lie in \(0, 1\]"),
         ({"top_p": 1.5}, r"top_p=1.5 must lie in \(0, 1\]"),
     ],

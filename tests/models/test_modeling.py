@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import DynamicCache, Trainer, TrainingArguments
 
 from lte.layout import Layout
 from models import HybridForCausalLM
@@ -246,6 +246,10 @@ def test_arguments_that_do_not_fit():
         model(ids[:, :0])
     with pytest.raises(ValueError, match=r"past_key_values has 3 rows, the input 2"):
         model(ids, past_key_values=model.new_cache(3))
+    with pytest.raises(ValueError, match=r"past_key_values is a DynamicCache, .* use model\.new_cache\(batch\)"):
+        model(ids, past_key_values=DynamicCache())
+    with pytest.raises(ValueError, match="attention_mask is zero everywhere: give at least one token"):
+        model(ids, attention_mask=torch.zeros_like(ids))
     with pytest.raises(ValueError, match=r"attention_mask \(2, 8\) must be \[2, 9\]"):
         model(ids, attention_mask=torch.ones(2, 8))
     with pytest.raises(ValueError, match="without past_key_values"):

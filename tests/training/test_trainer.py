@@ -410,6 +410,10 @@ def test_what_was_just_saved_outlives_a_damaged_newer_one(folder, monkeypatch):
         (["needles.digits=0"], r"needles\.digits=0 is below 1"),
         (["data.workers=2"], r"data\.workers=2 with a streamed source"),
         (["curriculum=[{until_step: 4, sequence_length: 12}]"], r"sequence_length=12 tokens can't hold a needle"),
+        (["needles.fraction=1.5", "curriculum=[]"], r"^needles\.fraction=1\.5 is outside"),
+        (["log.report_to=[foo]"], r"log\.report_to=\['foo'\]: foo is unknown: use wandb or trackio"),
+        (["output=/dev/null/x"], r"output='/dev/null/x' can't be made \(Not a directory\): name another folder"),
+        (["data.cache_dir=/dev/null"], r"data\.cache_dir='/dev/null' can't be written \(Not a directory\)"),
         (["fsdp=true"], r"fsdp=True shards over the processes that torchrun starts"),
         (["model.weights=none"], r"model\.weights='none' holds no model"),
     ],
@@ -418,6 +422,12 @@ def test_bad_input_is_found_before_training(folder, changes, message):
     with pytest.raises(ValueError, match=message):
         train(configured(folder, *changes))
     assert not list((folder / "run").glob("checkpoint-*"))
+
+
+def test_a_run_that_failed_before_its_first_step_leaves_the_folder_free(folder):
+    (folder / "run").mkdir()
+    save_config(configured(folder, "optimizer.lr=1"), folder / "run" / "config.yaml")
+    train(configured(folder, "steps=1"))
 
 
 def test_half_a_tokenizer_is_not_taken_for_a_whole_one(folder, monkeypatch):
