@@ -181,7 +181,7 @@ def test_what_can_not_be_run(tokenizer, tmp_path):
     ):
         with pytest.raises(ValueError, match=words):
             run_streamqa(model, tokenizer, QUESTIONS, tmp_path / "out", progress=False, **how)
-    with pytest.raises(ValueError, match="systems: window needs another cache, .* its own; use own or one-shot"):
+    with pytest.raises(ValueError, match=r"systems: window needs another cache, .* its own; use own or one-shot"):
         run_streamqa(Rememberer(9), tokenizer, QUESTIONS, tmp_path / "out", systems=["window"], progress=False)
     assert not (tmp_path / "out").exists()
 
