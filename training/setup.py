@@ -98,9 +98,8 @@ def resume_point(config: TrainConfig, output: Path) -> Path | None:
         raise ValueError(f"output={config.output!r} is a file: name a folder")
     saved = output / "config.yaml"
     begun = bool(checkpoints.checkpoints(output)) or (output / "model.safetensors").is_file()
-    own = begun or (
-        saved.is_file() and (output / "log.jsonl").is_file()
-    )  # a run may have failed before its first step
+    # a run may also have failed before its first step
+    own = begun or (saved.is_file() and (output / "log.jsonl").is_file())
     if config.resume == "never" and own:
         raise ValueError(
             f"output={config.output!r} holds a run already and resume='never': name another output folder"

@@ -10,6 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -140,8 +141,9 @@ def _build(
 ) -> None:
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
     for old in folder.parent.glob(f"{folder.name}.*.partial"):
-        if time.time() - max(path.stat().st_mtime for path in [old, *old.iterdir()]) > ABANDONED:
-            shutil.rmtree(old, ignore_errors=True)
+        with suppress(FileNotFoundError):  # its writer may be renaming it
+            if time.time() - max(path.stat().st_mtime for path in [old, *old.iterdir()]) > ABANDONED:
+                shutil.rmtree(old, ignore_errors=True)
     work = folder.with_name(f"{folder.name}.{uuid4().hex[:12]}.partial")
     try:
         work.mkdir(parents=True)
