@@ -320,7 +320,7 @@ def _add_commands(parser: argparse.ArgumentParser, commands: dict[str, Command],
     for word, command in commands.items():
         formatter = argparse.RawDescriptionHelpFormatter
         child = places.add_parser(word, help=command.help, formatter_class=formatter, allow_abbrev=False)
-        # without a default: that of an inner command would replace what was given to the outer one
+        # the default is the outermost parser's: that of an inner command would replace what was given to an outer one
         child.add_argument(
             "--debug", action="store_true", default=argparse.SUPPRESS, help="show where an error arose"
         )
@@ -338,6 +338,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.set_defaults(debug=False)
     _add_commands(parser, COMMANDS, "COMMAND")
     return parser
 
@@ -357,7 +358,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        if getattr(args, "debug", False):
+        if args.debug:
             raise
         text = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, RuntimeError):

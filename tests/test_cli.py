@@ -511,6 +511,14 @@ def test_errors_are_one_line_unless_debugging(run, fails, monkeypatch):
     with pytest.raises(ValueError, match="nowhere is no folder"):
         lalte.main(["eval", "--debug", "perplexity", "--model", "nowhere", "--text", "nothing", "--out", "out"])
 
+    for words, debugging in (
+        (["info", "x"], False),
+        (["bench", "attention"], False),
+        (["bench", "--debug", "attention"], True),
+        (["bench", "attention", "--debug"], True),
+    ):
+        assert lalte.build_parser().parse_args(words).debug is debugging
+
     def raising(error):
         def load_config(*_):
             raise error
