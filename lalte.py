@@ -320,7 +320,7 @@ def _add_commands(parser: argparse.ArgumentParser, commands: dict[str, Command],
     for word, command in commands.items():
         formatter = argparse.RawDescriptionHelpFormatter
         child = places.add_parser(word, help=command.help, formatter_class=formatter, allow_abbrev=False)
-        # the default is the outermost parser's: that of an inner command would replace what was given to an outer one
+        # the default is the outermost parser's: one of an inner command would replace what was given to an outer one
         child.add_argument(
             "--debug", action="store_true", default=argparse.SUPPRESS, help="show where an error arose"
         )

@@ -16,9 +16,8 @@ from training import sharded
 
 SEAL = "complete.json"
 SAVING = ".saving"
-PATIENCE = (
-    90.0  # seconds for which what another machine wrote may not be seen yet: network file systems keep listings
-)
+# seconds for which what another machine wrote may not be seen yet: network file systems keep listings
+PATIENCE = 90.0
 NAME = re.compile(r"checkpoint-(\d+)")
 
 
