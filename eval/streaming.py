@@ -123,7 +123,7 @@ def new_cache(
     if kind == "stream":
         from models.streaming import stream
 
-        return stream(model, *_slots(sinks, window), budget or 0, retention)
+        return stream(model, *slots(sinks, window), budget or 0, retention)
     for name, value in (("sinks", sinks), ("window", window)):
         if value is not None:
             holds = "has sinks and a window of its own" if own else "keeps every token"
@@ -138,7 +138,8 @@ def new_cache(
     return DynamicCache(config=model.config)
 
 
-def _slots(sinks: int | None, window: int | None) -> tuple[int, int]:
+def slots(sinks: int | None, window: int | None) -> tuple[int, int]:
+    """Sinks and window of a streaming cache: `SINKS` and `WINDOW` where they aren't given."""
     return SINKS if sinks is None else sinks, WINDOW if window is None else window
 
 
@@ -152,7 +153,7 @@ def cache_text(
     """The same in a word, for settings of a run: `full`, `stream 4+1020`, `stream 4+512+508 h2o`."""
     if kind != "stream":
         return kind
-    sinks, window = _slots(sinks, window)
+    sinks, window = slots(sinks, window)
     return f"stream {sinks}+{budget}+{window} {retention}" if budget else f"stream {sinks}+{window}"
 
 

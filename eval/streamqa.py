@@ -22,7 +22,7 @@ from .choices import ANSWERS, Question, conversation
 from .conditions import evaluating, retained
 from .loading import model_identity, tokenizer_identity
 from .results import SampleLog, claim_folder, row
-from .streaming import SINKS, WINDOW, cache_text, new_cache
+from .streaming import cache_text, new_cache, slots
 from .streams import Piece, Stream, check_tokenizer, read_streams, run_streams, write_run
 
 DEFINITION = "multiple-choice questions in a stream, right answers in the stream, exact match, version 1"
@@ -146,7 +146,7 @@ def run_streamqa(
     for name, value in (("sinks", sinks), ("window", window)):
         if value is not None and not {"window", "streaming"} & set(systems):
             raise ValueError(f"{name}: {value} is of the systems window and streaming; leave {name} out")
-    sinks, window = SINKS if sinks is None else sinks, WINDOW if window is None else window
+    sinks, window = slots(sinks, window)
     _check(
         systems, answers, chat, tokenizer, samples, streams=streams, batch_size=batch_size, chunk=chunk, window=window
     )

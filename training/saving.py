@@ -36,11 +36,6 @@ class SavingTrainer(Trainer):
     def check_state(self) -> None:
         """Raise where the state must not be saved."""
 
-    @property
-    def plain_model(self) -> torch.nn.Module:
-        """The model without torch.compile's wrapper, which would be part of every name."""
-        return getattr(self.model, "_orig_mod", self.model)
-
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.saving or self.args.output_dir)
 
@@ -75,7 +70,7 @@ class SavingTrainer(Trainer):
         if not self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
         elif not _internal_call:  # a checkpoint holds the shards, beside the optimizer's
-            whole = sharded.gather(self.plain_model, keep=self.args.should_save)
+            whole = sharded.gather(uncompiled(self.model), keep=self.args.should_save)
             if self.args.should_save:
                 self._save(output_dir, state_dict=whole)
 
@@ -83,14 +78,12 @@ class SavingTrainer(Trainer):
         if not self.is_fsdp_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        sharded.save(Path(output_dir), self.plain_model, self.optimizer)
+        sharded.save(Path(output_dir), uncompiled(self.model), self.optimizer)
         if self.args.should_save:
             (Path(output_dir) / "scheduler.json").write_text(json.dumps(self.lr_scheduler.state_dict()))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        folder, target = Path(resume_from_checkpoint), self.plain_model
-        if model is not None:
-            target = getattr(model, "_orig_mod", model)
+        folder, target = Path(resume_from_checkpoint), uncompiled(self.model if model is None else model)
         if sharded.is_sharded(folder):
             sharded.load(folder, target)
             return
@@ -106,7 +99,7 @@ class SavingTrainer(Trainer):
             return
         folder = Path(checkpoint)
         if sharded.is_sharded(folder):
-            sharded.load(folder, self.plain_model, self.optimizer)
+            sharded.load(folder, uncompiled(self.model), self.optimizer)
             self.lr_scheduler.load_state_dict(json.loads((folder / "scheduler.json").read_text()))
         else:
             optimizer, scheduler = (
@@ -149,6 +142,11 @@ class SavingTrainer(Trainer):
             folder, state_dict=state_dict
         )
         self.processing_class.save_pretrained(folder)
+
+
+def uncompiled(model: torch.nn.Module) -> torch.nn.Module:
+    """The model without torch.compile's wrapper, which would be part of every name."""
+    return getattr(model, "_orig_mod", model)
 
 
 @contextmanager
