@@ -52,6 +52,13 @@ def split_label(label: str) -> tuple[str, str]:
     return member, "-".join(evaluation.split("-")[:2]) if changed else ""
 
 
+def place_of(label: str) -> tuple[str, str, int]:
+    """Where a result stands in the tables: members by name, budgets by size."""
+    member, change = split_label(label)
+    kind, _, size = change.partition("-")
+    return (member, kind, int(size)) if size.isdecimal() else (member, change, 0)
+
+
 def memory_figures(copies: dict[str, Path], out: Path, overwrite: bool) -> None:
     """Accuracy over budget, a figure a case: the model's scorer, and other policies in its own slots."""
     from eval import figures
@@ -75,8 +82,8 @@ def memory_figures(copies: dict[str, Path], out: Path, overwrite: bool) -> None:
             column = lambda key, found=found: [row[key] for _, row in found]
             places = [budget for budget, _ in found]
             lines += [figures.Curve(name, places, column("median"), column("low"), column("high"))] if found else []
-        if not lines:
-            continue
+        if sum(len(line.x) for line in lines) < 2:
+            continue  # one point shows nothing
         figures.curves(
             out / f"memory-{case.replace(' ', '-').lower()}",
             lines,
@@ -164,7 +171,7 @@ def table(runs: Path, out: Path, overwrite: bool, other_seeds: Sequence[Path] = 
 
     copies = collect(runs, out, overwrite)
     members, memory, kept = [], [], []
-    for label, file in sorted(copies.items(), key=lambda copy: split_label(copy[0])):
+    for label, file in sorted(copies.items(), key=lambda copy: place_of(copy[0])):
         member, change = split_label(label)
         if ".retained-" in label:
             kept.append(f"## {member}\n\n{retained.table(read_json(file)['shares'])}")

@@ -13,8 +13,10 @@ from .results import write_bytes
 from .tables import DEPTH_BINS, depth_grid
 
 # told apart by people who don't see all colours (Okabe and Ito), and by their marks
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKS = "osD^vPX*"
+DASHES = ("-", "--", ":", "-.")  # a further one when the colours begin again
+LEGEND_INSIDE = 6  # more curves have their legend beside the axes
 
 
 @dataclass(frozen=True)
@@ -83,11 +85,14 @@ def curves(
     """Draws curves with their intervals, each place of a logarithmic x axis marked; returns the files."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    figure, canvas = _figure(6.4, 4.0)
+    beside = len(lines) > LEGEND_INSIDE
+    figure, canvas = _figure(7.6 if beside else 6.4, 4.0)
     axes = figure.add_subplot()
     for number, line in enumerate(lines):
         colour, mark = COLOURS[number % len(COLOURS)], MARKS[number % len(MARKS)]
-        axes.plot(line.x, line.y, color=colour, marker=mark, markersize=4, linewidth=1.4, label=line.name)
+        dashes = DASHES[number // len(COLOURS) % len(DASHES)]
+        look = {"color": colour, "marker": mark, "linestyle": dashes, "markersize": 4, "linewidth": 1.4}
+        axes.plot(line.x, line.y, label=line.name, **look)
         banded = [(x, a, b) for x, a, b in zip(line.x, line.low, line.high, strict=True) if a is not None is not b]
         if banded and metric in ("accuracy", "perplexity"):
             axes.fill_between(*zip(*banded, strict=True), color=colour, alpha=0.15, linewidth=0)
@@ -111,7 +116,10 @@ def curves(
     axes.set_ylabel(y_label)
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    if beside:
+        figure.legend(loc="outside right center", fontsize=8)
+    else:
+        axes.legend(fontsize=8)
     return save(figure, canvas, path, overwrite=overwrite)
 
 

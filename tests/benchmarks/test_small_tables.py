@@ -27,6 +27,17 @@ def test_members_stand_beside_budget_zero(tmp_path):
     assert not (tmp_path / "out" / "kept.md").exists()
 
 
+def test_budgets_stand_in_order_and_several_make_a_figure(tmp_path):
+    for member, budgets in (("a", (512, 0, 64)), ("b", (0, 64))):
+        for budget in budgets:
+            write(tmp_path / "runs" / member / f"budget-{budget}-niah-lines", "niah_single_1 L512", 0.5, budget)
+    small_tables.table(tmp_path / "runs", tmp_path / "out", overwrite=False)
+    names = "| a-budget-0 | a-budget-64 | a-budget-512 | b-budget-0 | b-budget-64 | best |"
+    assert names in (tmp_path / "out" / "memory" / "table.md").read_text()
+    figures = {file.name for file in (tmp_path / "out" / "memory").glob("memory-*.png")}
+    assert figures == {"memory-a-niah_single_1-l512.png"}, "a single point shows nothing"
+
+
 def test_answers_are_told_apart_by_their_form(tmp_path):
     def answered(folder, answers, length=512):
         for index, (score, prediction) in enumerate(answers):

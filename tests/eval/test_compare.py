@@ -8,7 +8,7 @@ import xml.etree.ElementTree as xml
 
 import pytest
 
-from eval import compare_cli
+from eval import compare_cli, figures
 from eval.compare import compare, join, markdown, read_run, table_csv
 from eval.intervals import bootstrap, winner
 from eval.results import result, row, wilson, write_json
@@ -182,3 +182,16 @@ def test_the_bootstrap_covers_a_mean():
         held += low <= 2 <= high
         assert low < float(values.mean()) < high
     assert 34 <= held <= 40
+
+
+def test_many_curves_are_told_apart(tmp_path):
+    lines = [figures.Curve(f"model {i}", [1, 2], [0.1 * i, 0.1 * i], [None] * 2, [None] * 2) for i in range(9)]
+    text = {"title": "t", "x_label": "x", "y_label": "y"}
+    _, svg = figures.curves(tmp_path / "many", lines, metric="accuracy", **text)
+    paths = [
+        path.get("style", "")
+        for path in xml.parse(svg).iter("{http://www.w3.org/2000/svg}path")
+        if path.get("clip-path")
+    ]
+    looks = [style for style in paths if "stroke-width: 1.4" in style]
+    assert len(looks) == len(set(looks)) == 9, "colours come back with other dashes"
