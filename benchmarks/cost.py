@@ -12,13 +12,14 @@ from eval.results import read_json
 
 DESCRIPTION = """\
 A table of GPU hours of the recipes in configs/train, from the tokens per second in result files of `lalte bench
-train` and `lalte bench scaling`. Nothing is measured here, and a recipe without a measurement has no row. Forward and
-backward alone (`train`) leave out optimizer, logs and checkpoints; `scaling` has the whole step.
+train` and `lalte bench scaling`. Nothing is measured here, and a recipe without a measurement has no row. Cases of
+`train` count only with `amp`, float32 weights under autocast as the recipes have them, and are forward and backward
+alone unless they end in `steps`; `scaling` has the whole step.
 """
 EPILOG = """\
 examples:
   lalte bench cost benchmarks/results/*/scaling*.json
-  lalte bench cost benchmarks/results/*/train*.json --write docs/training.md
+  lalte bench cost benchmarks/results/*/{scaling,train-amp,train-steps}.json --write docs/training.md
 """
 BEGIN, END = "<!-- cost: begin -->", "<!-- cost: end -->"
 CASE = re.compile(r"(train|scaling) (\d+(?:\.\d+)?b) ")
@@ -43,10 +44,14 @@ def costs(found: dict[str, Any]) -> list[list[str]]:
         recipe = CONFIGS / f"{OURS if many else row['system']}-{size.group(2)}.yaml" if size else None
         if row["metric"] != "tokens_per_s" or recipe is None or not recipe.is_file():
             continue
+        if size.group(1) == "train" and " amp" not in row["case"]:
+            continue  # no recipe has weights in bfloat16
         config = load_config(recipe)
         tokens = config.steps * config.batch.tokens_per_step
         speed = row["median"] / (int(many.group(2)) if many else 1)
         measured = row["case"] + (f", {row['system']}" if many else "")
+        if size.group(1) == "train" and not measured.endswith(" steps"):
+            measured += ", no optimizer"
         cells = [recipe.stem, f"{tokens / 1e9:.1f} B", found["device"], measured]
         lines.append([*cells, f"{speed:,.0f}", f"{tokens / speed / 3600:,.0f}"])
     return lines

@@ -158,6 +158,8 @@ def test_cost(tmp_path, capsys):
         harness.row("train 0.4b B8 T4096 amp packed", "gdn", "tokens_per_s", 1e5, 9e4, 2e5, 5),
         harness.row("train 0.4b B8 T4096 amp packed", "gdn", "ms", 1.0, 1.0, 1.0, 5),
         harness.row("train 0.4b B8 T4096 amp packed", "stranger", "tokens_per_s", 1e5, 9e4, 2e5, 5),
+        harness.row("train 0.4b B8 T4096", "gdn", "tokens_per_s", 1e5, 9e4, 2e5, 5),  # in bfloat16
+        harness.row("train 0.4b B4 T4096 amp steps", "gdn", "tokens_per_s", 5e4, 4e4, 6e4, 5),
         harness.row("decode 0.4b B8", "gdn", "tokens_per_s", 1e5, 9e4, 2e5, 5),
         harness.row("scaling 1.4b B8 T4096", "fsdp x2", "tokens_per_s", 1e5, 9e4, 2e5, 5),
     ]
@@ -171,7 +173,8 @@ def test_cost(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert page.read_text() == f"before\n{cost.BEGIN}\n{shown}{cost.END}\nafter\n"
     assert shown.splitlines()[2:] == [
-        "| gdn-0.4b | 10.0 B | some GPU | train 0.4b B8 T4096 amp packed | 100,000 | 28 |",
+        "| gdn-0.4b | 10.0 B | some GPU | train 0.4b B8 T4096 amp packed, no optimizer | 100,000 | 28 |",
+        "| gdn-0.4b | 10.0 B | some GPU | train 0.4b B4 T4096 amp steps | 50,000 | 56 |",
         "| lalte-1.4b | 30.0 B | some GPU | scaling 1.4b B8 T4096, fsdp x2 | 50,000 | 167 |",
     ]
     page.write_text("no marks")
