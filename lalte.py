@@ -1,8 +1,9 @@
 """The public face: `import lalte` registers the models with transformers' Auto classes; `load` loads one; `stream`
-gives a pretrained model of another kind a cache of fixed size; `main` is the command `lalte`.
+gives a pretrained model of another kind a cache of fixed size; `RetentionCallback` goes into a Trainer of
+transformers; `main` is the command `lalte`.
 
     import lalte
-    model, tokenizer = lalte.load("runs/quickstart")
+    model, tokenizer = lalte.load("checkpoints/lalte-tiny")
 
 Everything heavy is imported where it is used, so that the command's --help appears at once.
 """
@@ -24,13 +25,25 @@ learned token eviction (arXiv 2510.20787).
 """
 EPILOG = """\
 examples:
-  lalte train configs/train/quickstart.yaml              train a model; its folder is runs/quickstart
-  lalte eval niah --model runs/quickstart --out runs/niah --lengths 512,1024
-  lalte generate --model runs/quickstart --prompt "Once upon a time" --max-new-tokens 100
+  lalte train configs/train/tiny.yaml                    train a small model; its folder is runs/tiny
+  lalte eval niah --model checkpoints/lalte-tiny --out runs/niah --lengths 512,1024
+  lalte generate --model checkpoints/lalte-tiny --prompt "Once upon a time" --max-new-tokens 100
   lalte info configs/models/lalte-0.4b.json              parameters and cache bytes
 
 `lalte COMMAND --help` explains a command. DIR is always the folder of a trained model and its tokenizer.
 """
+# names that are imported when they are first asked for, and where they come from
+LAZY = {"RetentionCallback": "training.callbacks"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *LAZY})
 
 
 def load(folder: str | Path, device: Any = "auto", dtype: Any = "auto") -> tuple[Any, Any]:
@@ -59,26 +72,33 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "examples:\n"
         "  lalte train configs/train/tiny.yaml\n"
+        "  lalte train configs/train/tiny.yaml --show      every setting; docs/training.md names their explanations\n"
         "  lalte train configs/train/tiny.yaml steps=200 optimizer.lr=3e-4 output=runs/second\n"
         "  torchrun --nproc_per_node 8 -m lalte train configs/train/tiny.yaml precision=bf16"
     )
     parser.add_argument("config", metavar="CONFIG", help="YAML file, such as one of configs/train")
     parser.add_argument("changes", metavar="key=value", nargs="*", help="replaces a setting of the file")
-    parser.add_argument("--tokenise", action="store_true", help="only put the text into data.cache_dir, and stop")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--tokenise", action="store_true", help="only put the text into data.cache_dir, and stop")
+    only.add_argument("--show", action="store_true", help="only print the configuration in full, as YAML, and stop")
 
 
 def _train(args: argparse.Namespace) -> int:
-    from training.config import load_config
+    from training.config import as_yaml, load_config
 
+    config = load_config(args.config, args.changes)
+    if args.show:
+        print(as_yaml(config), end="")
+        return 0
     if args.tokenise:
         from training.setup import tokenise
 
-        for name, tokens in tokenise(load_config(args.config, args.changes)).items():
+        for name, tokens in tokenise(config).items():
             print(f"{name}: {tokens} tokens in the cache")
         return 0
     from training.trainer import train
 
-    folder = train(load_config(args.config, args.changes))
+    folder = train(config)
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"the model is in {folder}; try: lalte generate --model {folder} --prompt …")
     return 0
@@ -89,7 +109,7 @@ def _train(args: argparse.Namespace) -> int:
 
 def _eval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Measures a trained model. Each evaluation has a --help of its own."
-    parser.epilog = "example:\n  lalte eval niah --model runs/quickstart --lengths 512,1024 --out runs/niah"
+    parser.epilog = "example:\n  lalte eval niah --model checkpoints/lalte-tiny --lengths 512,1024 --out runs/niah"
     _add_commands(parser, EVALUATIONS, "EVALUATION")
 
 
@@ -104,109 +124,6 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     _add_commands(parser, BENCHMARKS, "BENCHMARK")
 
 
-# ---- lalte generate ----
-
-
-def _generate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Continues a text and prints what the model writes as it arises, at constant memory. A session file keeps\n"
-        "what the model has read and written: the next call with it continues there, however long the text is."
-    )
-    parser.epilog = (
-        "examples:\n"
-        '  lalte generate --model runs/quickstart --prompt "Once upon a time" --temperature 0.8\n'
-        "  lalte generate --model runs/quickstart --prompt-file book.txt --max-new-tokens 500\n"
-        "  cat book.txt | lalte generate --model runs/quickstart -\n"
-        "  lalte generate --model runs/quickstart --prompt-file book.txt --session book.session --max-new-tokens 0\n"
-        '  lalte generate --model runs/quickstart --session book.session --prompt "What was the number?"\n'
-        "  lalte generate --model runs/quickstart --prompt-file book.txt --retention h2o --budget 64\n"
-        "Ctrl-C ends the text; the session is kept."
-    )
-    from eval.settings import add_retention_arguments
-
-    add = parser.add_argument
-    add("--model", metavar="DIR", required=True, help="folder of the model and its tokenizer")
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--prompt", metavar="TEXT", help="the text to continue")
-    source.add_argument("--prompt-file", metavar="FILE", help="a file with it, in UTF-8; - is the standard input")
-    source.add_argument("stdin", metavar="-", nargs="?", choices=["-"], help="the same as --prompt-file -")
-    add("--session", metavar="FILE", help="continue this session if the file exists; write it at the end")
-    add("--max-new-tokens", metavar="N", type=int, default=256, help="default: 256; -1: no limit; 0: only read")
-    add("--ignore-end", action="store_true", help="write on after an end-of-text token")
-    add("--temperature", metavar="X", type=float, default=0.0, help="default: 0, always the likeliest token")
-    add("--top-k", metavar="N", type=int, help="draw from the N likeliest tokens")
-    add("--top-p", metavar="X", type=float, help="draw from the likeliest tokens of total probability X")
-    add("--seed", metavar="N", type=int, default=0, help="of the draws; default: 0")
-    add_retention_arguments(parser)
-    add("--device", metavar="NAME", default="auto", help="auto (default), cpu, cuda, cuda:1, …")
-    add("--dtype", metavar="NAME", default="auto", help="auto (default: as saved), float32, bfloat16, float16")
-
-
-def _read_prompt(args: argparse.Namespace) -> str:
-    """The prompt of a call, empty if there is none.
-
-    Raises:
-        ValueError: missing, empty, or no text in UTF-8.
-    """
-    if args.prompt is not None:
-        name, data = "--prompt", os.fsencode(args.prompt)
-    elif args.stdin or args.prompt_file == "-":
-        name, data = "the standard input", sys.stdin.buffer.read()
-    elif args.prompt_file is not None:
-        name = args.prompt_file
-        if not Path(name).is_file():
-            raise ValueError(f"--prompt-file {name} is no file; give a text file, or - for the standard input")
-        data = Path(name).read_bytes()
-    elif args.session and Path(args.session).exists():
-        return ""
-    else:
-        raise ValueError("there is nothing to continue; give --prompt, --prompt-file or an existing --session")
-    from models.files import decode_text
-
-    return decode_text(data, name)
-
-
-def _check_session(path: Path) -> None:
-    """Raises ValueError where a session can't be written, before any work is done for it."""
-    folder = path.absolute().parent
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ValueError(f"--session {path} can't be written; name a file in a folder that exists and is yours")
-
-
-def _generate(args: argparse.Namespace) -> int:
-    prompt = _read_prompt(args)
-    if args.max_new_tokens < -1:
-        raise ValueError(f"--max-new-tokens {args.max_new_tokens} must be 0 or more, or -1 for no limit")
-    session = Path(args.session) if args.session else None
-    if session is not None:
-        _check_session(session)
-    from models import terminal
-    from models.generation import Sampling
-
-    sampling = Sampling(args.temperature, args.top_k, args.top_p)
-    _quiet()
-    model, tokenizer = load(args.model, args.device, args.dtype)
-    model.use_retention(args.retention, args.budget)
-    return terminal.run(
-        model,
-        tokenizer,
-        prompt,
-        session=session,
-        max_new_tokens=None if args.max_new_tokens < 0 else args.max_new_tokens,
-        sampling=sampling,
-        seed=args.seed,
-        ignore_end=args.ignore_end,
-    )
-
-
-def _quiet() -> None:
-    """No progress bars nor notes of transformers between the prompt and its continuation."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-
-
 # ---- lalte info ----
 
 
@@ -218,7 +135,7 @@ def _info_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "examples:\n"
         "  lalte info configs/models/lalte-0.4b.json\n"
-        "  lalte info runs/quickstart --batch 8 --dtype float32\n"
+        "  lalte info checkpoints/lalte-tiny --batch 8 --dtype float32\n"
         "  lalte info configs/models/lalte-1.4b.json --length 65536 --json"
     )
     parser.add_argument("config", metavar="CONFIG|DIR", help="a model configuration (JSON), or a model's folder")
@@ -294,7 +211,7 @@ BENCHMARKS = {
 COMMANDS = {
     "train": Command("train a model from a YAML file", _train_arguments, _train),
     "eval": Command("measure a trained model", _eval_arguments),
-    "generate": Command("continue a text, at constant memory", _generate_arguments, _generate),
+    "generate": _command_of("models.generation_cli", "continue a text"),
     "inspect": _command_of("eval.inspection_cli", "a page that shows which tokens of a text each head kept"),
     "info": Command("parameters and cache bytes of a model", _info_arguments, _info),
     "import": _command_of("models.conversion_cli", "convert a checkpoint of another project into ours", "import"),
@@ -312,7 +229,11 @@ class _Parser(argparse.ArgumentParser):
         if self.command is not None:
             command, self.command = self.command, None
             command.add_arguments(self)
-        return super().parse_known_args(args, namespace)
+        found, rest = super().parse_known_args(args, namespace)
+        if "changes" in found:  # argparse leaves over those that follow an option
+            found.changes = [*found.changes, *(word for word in rest if not word.startswith("-"))]
+            rest = [word for word in rest if word.startswith("-")]
+        return found, rest
 
 
 def _add_commands(parser: argparse.ArgumentParser, commands: dict[str, Command], name: str) -> None:
@@ -375,4 +296,4 @@ def _is_command() -> bool:
 if __name__ == "__main__":
     sys.exit(main())
 if not _is_command():
-    import models  # noqa: F401 - registers the models; the command does so when it needs them
+    import models.auto  # noqa: F401 - registers the models; the command does so when it needs them

@@ -23,7 +23,7 @@ DESCRIPTION = """\
 Starts a process with empty caches of compiled kernels (Triton, Inductor) and waits for the end of its first training
 step, as `lalte train precision=bf16` does it: packed documents, autocast, backward, optimizer. `coldstart` is that,
 `warmstart` a second process that finds the caches filled. The notes say when imports, model and step were ready, and
-which kernels were tuned. --write-configs keeps what was tuned, so that it need not be tuned again.
+which kernels were tuned or looked up. --write-configs keeps what was tuned, so that it need not be tuned again.
 """
 EPILOG = """\
 examples:
@@ -44,7 +44,7 @@ def first_step(job: dict[str, Any]) -> dict[str, Any]:
     """
     import torch
 
-    import models  # noqa: F401 - what any user imports
+    import models.auto  # noqa: F401 - what any user imports
 
     points = {"imports": time.time() - job["began"]}
     device = device_of(job["device"])

@@ -49,7 +49,7 @@ def _tokenizer(folder: str | None) -> Any:
         return None
     from transformers import AutoTokenizer
 
-    import models  # noqa: F401 - a model's folder names its class, which has to be known
+    import models.auto  # noqa: F401 - a model's folder names its class, which has to be known
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)

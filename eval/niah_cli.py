@@ -24,7 +24,7 @@ tasks:
 """
 EPILOG = """\
 examples:
-  lalte eval niah --model runs/quickstart --lengths 256,512,1024 --tasks single_1 --samples 50 --out runs/niah
+  lalte eval niah --model checkpoints/lalte-tiny --lengths 256,512,1024 --tasks single_1 --samples 50 --out runs/niah
   lalte eval niah --model runs/mine --config configs/eval/niah.yaml --budget 0 --out runs/niah-without-retained
 
 The folder of --out gets result.json, table.md, heatmap-<task>.png, samples/*.jsonl and config.yaml. A run that

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from models.options import add_retention_arguments
+
 T = TypeVar("T")
 
 
@@ -86,14 +88,6 @@ def add_run_arguments(parser: argparse.ArgumentParser, batch: str | None = "prom
     add("--dtype", metavar="NAME", help="auto (default: as saved), float32, bfloat16, float16")
     flag = argparse.BooleanOptionalAction
     add("--resume", action=flag, default=None, help="continue a run in --out (default), or refuse to")
-
-
-def add_retention_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds how many tokens are retained, and what chooses them."""
-    add = parser.add_argument
-    add("--budget", metavar="N", type=int, help="retained tokens per head (0: none); default: the model's own")
-    policies = "lte (its scorer), none, recency, random, h2o, tova, key_norm or delta_error"
-    add("--retention", metavar="NAME", help=f"what chooses them: {policies}; default: the model's own")
 
 
 def add_prompt_arguments(parser: argparse.ArgumentParser, seed: str = "of the drawing; default: 0") -> None:

@@ -5,12 +5,15 @@ Shapes: B batch, T tokens, H KV heads, L attention layers.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from lte.layout import Layout
+
+FORGOTTEN = 1000  # training passes without an update that no accumulation of gradients explains
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,7 @@ class PenaltyControl(nn.Module):
         self.register_buffer("counts", torch.zeros(2, layers, heads, dtype=f32), persistent=False)
         self._known: tuple[Tensor, int, int] | None = None
         self._know(0)
+        self._passes = 0  # since the last update
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -137,6 +141,19 @@ class PenaltyControl(nn.Module):
         per_head_LH = torch.stack([s.penalty for s in stats])
         return (self.penalty_weight.to(per_head_LH.dtype) * per_head_LH).sum()
 
+    def count_pass(self) -> None:
+        """Note a training pass; warns once if so many came without `update` that it must have been forgotten."""
+        if torch.compiler.is_compiling():
+            return  # a number that changes would be compiled again and again
+        self._passes += 1
+        if self._passes == FORGOTTEN:
+            warnings.warn(
+                f"{FORGOTTEN} training passes without an update of the retention penalty: λ and keep_all_steps stand "
+                "still; call model.update_retention_penalty() after each optimizer step, or give the Trainer "
+                "callbacks=[lalte.RetentionCallback()]",
+                stacklevel=2,
+            )
+
     @torch.no_grad()
     def observe(self, stats: list[RetentionStats]) -> None:
         """Add one forward pass to the counts of the running optimizer step."""
@@ -145,6 +162,7 @@ class PenaltyControl(nn.Module):
     @torch.no_grad()
     def update(self) -> None:
         """After an optimizer step: fold the counts into the averages and, when due, move λ."""
+        self._passes = 0
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(self.counts)
         kept_LH, eligible_LH = self.counts

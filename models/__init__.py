@@ -1,14 +1,20 @@
-"""Hybrid language models; importing this registers them with transformers' Auto classes as model_type `lalte`."""
+"""Hybrid language models. A name is imported when it is asked for, and all are registered with transformers then
+(models/auto.py): commands of this package show their --help without loading PyTorch."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from models.cache import HybridCache
-from models.config import HybridConfig
-from models.modeling import HybridForCausalLM, HybridModel
-from models.outputs import HybridOutput
-
-AutoConfig.register(HybridConfig.model_type, HybridConfig, exist_ok=True)
-AutoModel.register(HybridConfig, HybridModel, exist_ok=True)
-AutoModelForCausalLM.register(HybridConfig, HybridForCausalLM, exist_ok=True)
+if TYPE_CHECKING:
+    from models.auto import HybridCache, HybridConfig, HybridForCausalLM, HybridModel, HybridOutput
 
 __all__ = ["HybridCache", "HybridConfig", "HybridForCausalLM", "HybridModel", "HybridOutput"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("models.auto"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

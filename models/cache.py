@@ -98,7 +98,9 @@ class HybridCache(Cache):
         self.columns = 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row b becomes the former row beam_idx[b]."""
+        """Row b becomes the former row beam_idx[b]. Raises: ValueError for another number of rows."""
+        if tuple(beam_idx.shape) != (self.batch,):
+            raise ValueError(f"beam_idx {tuple(beam_idx.shape)} must name a former row for each of {self.batch} rows")
         for state in self.states:
             state.reorder(beam_idx)
 

@@ -11,8 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from models.auto import HybridForCausalLM
 from models.config import HybridConfig, load_config
-from models.modeling import HybridForCausalLM
 
 M = TypeVar("M", bound=PreTrainedModel)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -141,8 +141,27 @@ def load_model(
     return _from_pretrained(HybridForCausalLM, folder, config, dtype).to(target).eval()
 
 
-def _from_pretrained(kind: type[M], folder: Path, config: Any, dtype: str | torch.dtype) -> M:
+def load_weights(folder: str | Path, config: HybridConfig) -> HybridForCausalLM:
+    """A model of another configuration with the weights in a folder, in float32, to train it further.
+
+    Scorers and their control may be there on one side only: a scorer that the folder lacks starts anew.
+
+    Raises:
+        ValueError: other tensors are missing, left over or of another shape, or they can't be read.
+    """
+    folder = Path(folder).expanduser()
+    _check_folder(folder)
+    _check_weights(folder)
+    return _from_pretrained(HybridForCausalLM, folder, config, torch.float32, free=("scorer.", "penalty_control."))
+
+
+def _from_pretrained(
+    kind: type[M], folder: Path, config: Any, dtype: str | torch.dtype, free: tuple[str, ...] = ()
+) -> M:
     """The model with every tensor of the folder in its place.
+
+    Args:
+        free: parts of the names of tensors that may be missing or left over.
 
     Raises:
         ValueError: tensors are missing, left over or of another shape, or they can't be read.
@@ -164,11 +183,14 @@ def _from_pretrained(kind: type[M], folder: Path, config: Any, dtype: str | torc
         ("mismatched_keys", "tensors have another shape"),
         ("unexpected_keys", "tensors don't exist in the model"),
     ):
-        if found := sorted(report.get(kind) or (), key=str):
+        found = sorted(report.get(kind) or (), key=str)
+        if kind != "mismatched_keys":
+            found = [name for name in found if not any(part in name for part in free)]
+        if found:
             names = ", ".join(_tensor_name(each) for each in found[:3]) + (", …" if len(found) > 3 else "")
             raise ValueError(
-                f"the weights in {folder} don't fit its config.json: {len(found)} {words} ({names}); use the "
-                "config.json that was saved with them"
+                f"the weights in {folder} don't fit {'the configuration' if free else 'its config.json'}: "
+                f"{len(found)} {words} ({names}); use the config.json that was saved with them"
             )
     return model
 
@@ -217,7 +239,9 @@ def fingerprint(model: HybridForCausalLM) -> str:
 
 def _check_folder(folder: Path) -> None:
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder; give the folder of a trained model")
+        raise ValueError(
+            f"{folder} is no folder; give the folder of a trained model, or take one from the hub with lalte import"
+        )
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json; give a folder that save_pretrained or a training wrote")
 

@@ -26,7 +26,7 @@ from models.losses import cross_entropy, per_item, shift_labels
 from models.mixer import Context
 from models.ops import RMSNorm, linear_cross_entropy
 from models.outputs import HybridModelOutput, HybridOutput
-from models.padding import LeftAligned, check_mask, compose, prepend, unpad
+from models.padding import LeftAligned, check_mask, compose, document_bounds, prepend, unpad
 from models.retention import RetentionControls, build_penalty_control
 from models.rotary import rotary_angles
 
@@ -131,6 +131,11 @@ class HybridModel(HybridPreTrainedModel):
         batch, length = tokens.shape[:2]
         if not length:
             raise ValueError(f"the input {tuple(tokens.shape)} holds no tokens; give at least one a row")
+        if past_key_values is not None and not isinstance(past_key_values, HybridCache):
+            raise ValueError(
+                f"past_key_values is a {type(past_key_values).__name__}, which doesn't hold what this model "
+                "remembers: use model.new_cache(batch)"
+            )
         if attention_mask is not None:
             past = past_key_values.columns if past_key_values is not None else 0
             attention_mask = check_mask(attention_mask, batch, length, past)
@@ -139,11 +144,6 @@ class HybridModel(HybridPreTrainedModel):
         if past_key_values is not None:
             if cu_seqlens is not None:
                 raise ValueError("cu_seqlens packs whole documents: use it without past_key_values")
-            if not isinstance(past_key_values, HybridCache):
-                raise ValueError(
-                    f"past_key_values is a {type(past_key_values).__name__}, which doesn't hold what this model "
-                    "remembers: use model.new_cache(batch)"
-                )
             if past_key_values.batch != batch:
                 raise ValueError(
                     f"past_key_values has {past_key_values.batch} rows, the input {batch}; allocate a cache of "
@@ -184,9 +184,7 @@ class HybridModel(HybridPreTrainedModel):
         hiddens, all_states = [], []
         for start in range(0, length, chunk):
             piece = self._embed(tokens[:, start : start + chunk])
-            aligned = None
-            if mask_BT is not None:
-                aligned = LeftAligned.of(mask_BT[:, start : start + chunk])
+            aligned = None if mask_BT is None else LeftAligned.of(mask_BT[:, start : start + chunk])
             if aligned is not None:
                 piece = aligned.apply(piece)
             lengths = aligned.lengths if aligned is not None else None
@@ -285,7 +283,7 @@ class HybridForCausalLM(RetentionControls, HybridPreTrainedModel, GenerationMixi
         logits_to_keep: int = 0,
         num_items_in_batch: Tensor | int | None = None,
         return_dict: bool | None = None,
-        **_: object,
+        **others: object,
     ) -> HybridOutput | tuple:
         """Logits and, with labels, the loss.
 
@@ -297,7 +295,12 @@ class HybridForCausalLM(RetentionControls, HybridPreTrainedModel, GenerationMixi
             logits_to_keep: logits of the last so many columns; 0: of all.
             num_items_in_batch: predicted tokens of the whole optimizer step, by which the loss is divided
                 (gradient accumulation); None: those of this call.
+            others: cu_seq_lens_q or position_ids, as DataCollatorWithFlattening gives them, bound packed documents.
         """
+        if others.get("output_attentions"):
+            raise ValueError("output_attentions=True: attention weights are never formed; leave it out")
+        if cu_seqlens is None and past_key_values is None:
+            cu_seqlens = document_bounds(others, attention_mask)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -5,7 +5,7 @@ Shapes: B batch, T columns, C channels, M real tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +31,36 @@ def check_mask(mask: Tensor, batch: int, length: int, past: int) -> Tensor | Non
         )
     mask = mask[:, -length:]
     return None if bool((mask != 0).all()) else mask != 0
+
+
+def document_bounds(given: Mapping[str, object], mask: Tensor | None) -> Tensor | None:
+    """cu_seqlens [N + 1] of packed documents in the names of transformers' DataCollatorWithFlattening.
+
+    Args:
+        given: `cu_seq_lens_q` [N + 1], or `position_ids` [1, T] that start at 0 with each document. With a mask, or
+            rows that hold one document each, there is nothing to bound: None.
+
+    Raises:
+        ValueError: several rows with several documents each.
+    """
+    bounds = given.get("cu_seq_lens_q")
+    if bounds is not None:
+        return bounds.flatten().to(torch.int32)
+    positions = given.get("position_ids")
+    if positions is None or mask is not None:
+        return None
+    starts = positions == 0
+    if len(positions) > 1:
+        if bool((starts.sum(1) > 1).any()):
+            raise ValueError(
+                f"position_ids {tuple(positions.shape)} start anew within rows: pack the documents into one row, or "
+                "give one document a row"
+            )
+        return None
+    first = starts[0].nonzero().flatten().to(torch.int32)
+    if len(first) < 2:
+        return None
+    return torch.cat([first, first.new_tensor([positions.shape[1]])])
 
 
 def unpad(x_BTC: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:

@@ -155,6 +155,8 @@ class RetentionControls:
 
     def _penalty_of(self, stats: list[RetentionStats] | None) -> Tensor | None:
         """The L1 penalty of one forward pass, which counts towards the densities while training."""
+        if self.training and self.penalty_control is not None and torch.is_grad_enabled():
+            self.penalty_control.count_pass()
         if not stats:
             return None
         if self.training:

@@ -96,10 +96,13 @@ def test_help_lists_what_exists(capsys):
         assert re.search(rf"^ +{name} ", text, re.MULTILINE), name
 
 
-def test_help_is_quick():
+@pytest.mark.parametrize(
+    ("command", "shown"), [("generate", "--session FILE"), ("import", "--out DIR"), ("train", "--tokenise")]
+)
+def test_help_is_quick(command, shown):
     """The command's module loads nothing heavy, so that --help takes a fraction of a second."""
     code = (
-        "import sys; sys.argv = ['/somewhere/bin/lalte', 'generate', '--help']\n"
+        f"import sys; sys.argv = ['/somewhere/bin/lalte', '{command}', '--help']\n"
         "import lalte\n"
         "try: lalte.main()\n"
         "except SystemExit: pass\n"
@@ -109,7 +112,7 @@ def test_help_is_quick():
     started = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "--session FILE" in done.stdout
+    assert shown in done.stdout
     assert time.perf_counter() - started < 5  # a tenth of a second on an idle machine
 
 
@@ -563,8 +566,12 @@ def test_train_generate_evaluate(run, fails, tmp_path):
     config.write_text(TRAINING.format(text=text, output=output, **values))
     assert "optimizer.learning_rate" in fails("train", config, "optimizer.learning_rate=1")
     assert not output.exists()
+    status, shown, _ = run("train", config, "--show", "steps=2")
+    assert status == 0
+    assert not output.exists()
     status, out, _ = run("train", config, "steps=2")
     assert status == 0
+    assert (output / "config.yaml").read_text() == shown
     assert f"the model is in {output}" in out
     assert (output / "config.yaml").read_text().count("steps: 2") == 1
     assert len(run(*generate(output, "--prompt", "the grass", "--max-new-tokens", 5))[1]) > 0
@@ -573,3 +580,23 @@ def test_train_generate_evaluate(run, fails, tmp_path):
     assert status == 0
     assert json.loads((tmp_path / "niah" / "result.json").read_text())["rows"]
     assert "unknown" in fails("eval", "niah", "--model", output, "--out", tmp_path / "x", "--tasks", "single_9")
+
+
+def test_changes_stand_anywhere(run, fails):
+    """Before, between and after the options of `lalte train`."""
+    config = ROOT / "configs/train/tiny.yaml"
+    changes = ["seed=3", "steps=7"]
+    status, expected, _ = run("train", config, *changes, "--show")
+    assert status == 0
+    assert {"seed: 3", "steps: 7", "output: runs/tiny"} <= set(expected.splitlines())
+    for words in (
+        [config, "--show", *changes],
+        [config, "seed=3", "--show", "steps=7"],
+        ["--show", config, *changes],
+    ):
+        assert run("train", *words) == (0, expected, "")
+    assert "'steps' is no change" in fails("train", config, "--show", "steps")
+    for words in (["--show", "--nothing"], ["--show", "--tokenise"]):
+        with pytest.raises(SystemExit) as done:
+            lalte.main(["train", str(config), *words])
+        assert done.value.code == 2

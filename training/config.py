@@ -269,9 +269,14 @@ def check_config(config: TrainConfig) -> None:
     need(config.device in ("auto", "cpu", "cuda"), "device", config.device, "use auto, cpu or cuda")
 
 
+def as_yaml(config: TrainConfig) -> str:
+    """The resolved configuration as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
 def save_config(config: TrainConfig, path: Path) -> None:
     """Write the resolved configuration as YAML."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+    path.write_text(as_yaml(config), encoding="utf-8")
 
 
 def difference(old: Path, config: TrainConfig) -> str | None:

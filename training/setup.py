@@ -187,9 +187,11 @@ def model_config(config: TrainConfig) -> Any:
 def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A `HybridForCausalLM` with fresh weights, or those of `model.weights`; special ids are the tokenizer's.
 
-    The λ control starts anew in both cases. Raises: ValueError if `model.weights` holds no model.
+    The λ control starts anew in both cases. Raises: ValueError if `model.weights` holds no model, or one that differs
+    in more than its scorer.
     """
     from models import HybridForCausalLM
+    from models.loading import load_weights
 
     settings = model_config(config)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -199,7 +201,10 @@ def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
     folder = Path(config.model.weights).expanduser()
     if not (folder / "config.json").is_file():
         raise ValueError(f"model.weights={config.model.weights!r} holds no model: name a folder with config.json")
-    model = HybridForCausalLM.from_pretrained(folder, config=settings, dtype=torch.float32)
+    try:
+        model = load_weights(folder, settings)
+    except ValueError as error:
+        raise ValueError(f"model.weights={config.model.weights!r}: {error}") from error
     if model.penalty_control is not None:
         # its count of steps would end keep_all_steps at once; a run that goes on reads its own from its checkpoint
         model.penalty_control.reset_parameters()

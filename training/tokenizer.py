@@ -50,7 +50,7 @@ def load_tokenizer(config: TokenizerConfig) -> PreTrainedTokenizerBase:
     Raises: ValueError if it can't be loaded or has no end-of-text token.
     """
     # a folder of one of this project's models is found through the Auto classes, which this import registers with
-    import models  # noqa: F401
+    import models.auto  # noqa: F401
 
     where, field = (config.path, "tokenizer.path") if config.path is not None else (config.hub, "tokenizer.hub")
     name = str(Path(where).expanduser()) if config.path is not None else where

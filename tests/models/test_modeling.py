@@ -4,12 +4,15 @@ Shapes: B rows, T tokens, V vocabulary.
 """
 
 import math
+import warnings
 from itertools import pairwise
 
 import pytest
 import torch
-from transformers import DynamicCache, Trainer, TrainingArguments
+from transformers import DataCollatorWithFlattening, DynamicCache, Trainer, TrainingArguments
 
+import lalte
+from lte import sparsity
 from lte.layout import Layout
 from models import HybridForCausalLM
 from models.attention import RetainedAttention
@@ -247,7 +250,9 @@ def test_arguments_that_do_not_fit():
     with pytest.raises(ValueError, match=r"past_key_values has 3 rows, the input 2"):
         model(ids, past_key_values=model.new_cache(3))
     with pytest.raises(ValueError, match=r"past_key_values is a DynamicCache, .* use model\.new_cache\(batch\)"):
-        model(ids, past_key_values=DynamicCache())
+        model(ids, past_key_values=DynamicCache(), attention_mask=torch.ones_like(ids))
+    with pytest.raises(ValueError, match="output_attentions=True: attention weights are never formed"):
+        model.generate(ids, max_new_tokens=1, output_attentions=True, return_dict_in_generate=True)
     with pytest.raises(ValueError, match="attention_mask is zero everywhere: give at least one token"):
         model(ids, attention_mask=torch.zeros_like(ids))
     with pytest.raises(ValueError, match=r"attention_mask \(2, 8\) must be \[2, 9\]"):
@@ -294,6 +299,23 @@ def test_loss_falls_and_the_penalty_is_steered():
     report = model.retention_report()
     assert math.isclose(report["kept_density"], float(control.density.mean()), rel_tol=1e-6)
     assert report["lambda_max"] == float(control.penalty_weight.max())
+
+
+@pytest.mark.parametrize("keep_all_steps", [0, 3])
+def test_a_loop_that_never_steers_the_penalty_is_told_so(keep_all_steps, monkeypatch):
+    monkeypatch.setattr(sparsity, "FORGOTTEN", 3)
+    model, ids = trainable(keep_all_steps=keep_all_steps), make_ids(1, 12)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):  # two passes a step
+            model(ids), model(ids)
+            model.update_retention_penalty()
+        model(ids), model(ids)
+        with torch.no_grad():
+            model(ids)
+        model.eval()(ids)
+    with pytest.warns(UserWarning, match="3 training passes .* call model.update_retention_penalty()"):
+        model.train()(ids)
 
 
 def test_every_parameter_is_trained():
@@ -360,6 +382,44 @@ def test_the_trainer_of_transformers_evaluates(tmp_path):
         expected = model(ids, labels=ids)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(float(expected.loss), rel=1e-5)
     assert trainer.predict(data).predictions.shape == (6, 20, model.config.vocab_size)
+
+
+def test_the_trainer_of_transformers_resumes(tmp_path):
+    """With the callback, as if it had never stopped: weights, λ and the count of steps."""
+    data = [{"input_ids": row, "labels": row} for row in make_ids(16, 40)]
+
+    def run(folder, steps, **more):
+        torch.manual_seed(0)
+        changes = {"initializer_range": 0.05, "penalty_interval": 1, "penalty_min": 1e-3, "scorer_dropout": 0.0}
+        model = make_model("lalte", **changes).train()
+        values = {"max_steps": steps, "save_steps": 2, "lr_scheduler_type": "constant", "learning_rate": 1e-2}
+        args = TrainingArguments(folder, **values, report_to="none", use_cpu=True, disable_tqdm=True)
+        Trainer(model, args, train_dataset=data, callbacks=[lalte.RetentionCallback()]).train(**more)
+        return model
+
+    whole = run(tmp_path / "whole", 4)
+    run(tmp_path / "part", 2)
+    resumed = run(tmp_path / "part", 4, resume_from_checkpoint=True)
+    for (name, x), y in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(x, y), name
+    assert (whole.penalty_control.steps_done(), bool((whole.penalty_control.penalty_weight > 0).any())) == (4, True)
+
+
+@pytest.mark.parametrize("names", [{}, {"return_flash_attn_kwargs": True, "return_position_ids": False}])
+def test_flattened_documents_do_not_see_each_other(names):
+    """transformers' collator for packed documents gives what cu_seqlens gives."""
+    model, lengths = trainable(scorer_dropout=0.0), (7, 1, 12)
+    rows = [{"input_ids": make_ids(1, length)[0].tolist()} for length in lengths]
+    batch = DataCollatorWithFlattening(return_tensors="pt", **names)(rows)
+    bounds = torch.tensor([0, 7, 8, 20], dtype=torch.int32)
+    expected = model(batch["input_ids"], labels=batch["input_ids"], cu_seqlens=bounds)
+    output = model(**batch)
+    assert_close(output.logits, expected.logits)
+    assert_close(output.loss[None], expected.loss[None])
+    alone = model(batch["input_ids"][:, :7], position_ids=torch.arange(7)[None])
+    assert_close(alone.logits, expected.logits[:, :7])
+    with pytest.raises(ValueError, match=r"position_ids \(2, 4\) start anew within rows: pack"):
+        model(make_ids(2, 4), position_ids=torch.tensor([[0, 1, 0, 1], [0, 1, 2, 3]]))
 
 
 def test_a_scorer_of_zero_output_starts_from_keeping_everything():

@@ -532,6 +532,26 @@ def test_weights_of_a_model_without_scorer(folder, tokenizer):
     assert torch.equal(new.lm_head.weight, old.lm_head.weight)
 
 
+def test_weights_may_lack_a_scorer_and_nothing_else(folder, tokenizer):
+    """A scorer can be added to a trained model, or left out; a layer that would be random is an error."""
+    plain, start = "model.overrides={retention: none, budget: 0}", f"model.weights={folder}/old"
+    old = setup.build_model(configured(folder, plain), tokenizer)
+    old.save_pretrained(folder / "old")
+    new = setup.build_model(configured(folder, start), tokenizer)
+    assert new.penalty_control is not None
+    assert torch.equal(new.lm_head.weight, old.lm_head.weight)
+    new.save_pretrained(folder / "scored")
+    assert setup.build_model(configured(folder, plain, f"model.weights={folder}/scored"), tokenizer) is not None
+    more = [*new.config.layer_types, "gated_deltanet"]
+    deeper = f"model.overrides={{num_hidden_layers: {len(more)}, layer_types: [{', '.join(more)}]}}"
+    for changes, words in (
+        (deeper, "tensors of the model are missing"),
+        ("model.overrides.hidden_size=64", "tensors have another shape"),
+    ):
+        with pytest.raises(ValueError, match=rf"model\.weights='.*old': .* don't fit the configuration: \d+ {words}"):
+            setup.build_model(configured(folder, changes, start), tokenizer)
+
+
 def test_workers_prepare_the_same_batches(folder):
     text = (folder / "run.yaml").read_text().replace(", streaming: true", "")
     (folder / "run.yaml").write_text(text)
