@@ -52,8 +52,8 @@ def read_log(file: Path) -> dict[str, list[float | None]]:
         "tokens_per_s": [number(entry["tokens_per_s"]) for entry in taken],
     }
     for name in (KEPT, *sorted(name for name in taken[-1] if OF_LAYER.fullmatch(name))):
-        if name in taken[-1]:  # λ is above zero from the step on in which the scorer is switched on
-            columns[name] = [number(entry[name]) if entry["lambda_max"] > 0 else None for entry in taken]
+        if name in taken[-1]:
+            columns[name] = [number(entry[name]) if KEPT in entry else None for entry in taken]
     return columns
 
 

@@ -129,21 +129,22 @@ class RetentionControls:
 
     @torch.no_grad()
     def retention_report(self) -> dict[str, float]:
-        """Kept density (and tokens per head at the training length) and λ, averaged over layers and heads."""
+        """Kept density (and tokens per head at the training length) and λ, averaged over layers and heads.
+
+        Without the kept ones as long as nothing was measured: in `keep_all_steps`, and with rows within the window.
+        """
         control = self.penalty_control
         if control is None:
             return {}
-        density = control.density.clamp(min=0)
-        eligible = max(0, self.config.max_position_embeddings - self.config.window)
-        report = {
-            "kept_density": density.mean(),
-            "kept_per_head": density.mean() * eligible,
-            "lambda_mean": control.penalty_weight.mean(),
-            "lambda_max": control.penalty_weight.max(),
-        }
-        for layer, row in enumerate(density):
-            report[f"kept_per_head/layer_{layer}"] = row.mean() * eligible
-            report[f"lambda/layer_{layer}"] = control.penalty_weight[layer].mean()
+        report = {"lambda_mean": control.penalty_weight.mean(), "lambda_max": control.penalty_weight.max()}
+        for layer, row in enumerate(control.penalty_weight):
+            report[f"lambda/layer_{layer}"] = row.mean()
+        if bool((control.density >= 0).all()):
+            eligible = max(0, self.config.max_position_embeddings - self.config.window)
+            report["kept_density"] = control.density.mean()
+            report["kept_per_head"] = control.density.mean() * eligible
+            for layer, row in enumerate(control.density):
+                report[f"kept_per_head/layer_{layer}"] = row.mean() * eligible
         return {name: float(value) for name, value in report.items()}
 
     def _keeps_all(self) -> bool:

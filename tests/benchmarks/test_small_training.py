@@ -11,6 +11,10 @@ def entry(step, loss, length=2048, **more):
     return {"step": step, "lm_loss": loss, "loss": 99.0, "sequence_length": length, "tokens_per_s": 1234.56, **more}
 
 
+def keeps_all(step, loss, length=2048):
+    return entry(step, loss, length, **{"lambda_max": 0.0, "lambda_mean": 0.0, "lambda/layer_0": 0.0})
+
+
 def kept(step, loss, kept_per_head, penalty, length=2048):
     means = {"kept_per_head": kept_per_head, "lambda_max": penalty, "lambda_mean": penalty / 2}
     layers = {"kept_per_head/layer_0": 2 * kept_per_head, "lambda/layer_0": penalty}
@@ -22,7 +26,7 @@ def runs(tmp_path):
     logs = {
         # the run was stopped after step 60 and went on from 40: the later entries count
         "gdn": [entry(20, 3.0, 256), entry(40, 2.5), entry(60, 9.0), entry(60, 2.25), {"runtime": 3, "step": 60}],
-        "lalte": [kept(20, 3.0, 0.0, 0.0, 256), kept(40, 2.0, 0.0, 0.0), kept(60, 2.123456, 12.3456789, 1e-6)],
+        "lalte": [keeps_all(20, 3.0, 256), keeps_all(40, 2.0), kept(60, 2.123456, 12.3456789, 1e-6)],
     }
     for name, entries in logs.items():
         (tmp_path / name).mkdir()

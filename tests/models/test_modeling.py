@@ -459,6 +459,7 @@ def test_keep_all_steps():
             assert (output.logits - full(ids).logits).abs().max() > 1e-4
             assert scorer.grad.abs().max() > 0
         model.update_retention_penalty()
+        assert ("kept_per_head" in model.retention_report()) == (step == 2), "no zero before anything was measured"
     assert_close(model.eval()(ids).logits, run_in_pieces(model, ids, [60]))
 
 
