@@ -275,6 +275,9 @@ def test_errors_name_the_field(kwargs, message):
     x = torch.randn(1, 6, 2, 4)
     with pytest.raises(ValueError, match=message):
         retained_attention(x, x, x, **kwargs)
+    if kwargs.keys() <= {"window", "sinks", "budget"}:
+        with pytest.raises(ValueError, match=message):
+            visible(None, batch=1, length=6, heads=2, **kwargs)
 
 
 def test_a_window_within_the_lookahead_is_an_error():
