@@ -158,10 +158,10 @@ def test_penalty_control_moves_every_interval_and_keeps_its_bounds():
     for step in range(1, 33):
         feed(control, torch.tensor([[0.9, 0.1, 0.195]]))
         assert control.penalty_weight.any() == (step == 32)
-    torch.testing.assert_close(control.penalty_weight, torch.tensor([[1e-9, 0.0, 0.0]]))
+    torch.testing.assert_close(control.penalty_weight, torch.tensor([[1e-9, 0.0, 0.0]]), atol=0, rtol=1e-6)
     for _ in range(32):
         feed(control, torch.tensor([[0.9, 0.1, 0.195]]))
-    torch.testing.assert_close(control.penalty_weight, torch.tensor([[1.5e-9, 0.0, 0.0]]))
+    torch.testing.assert_close(control.penalty_weight, torch.tensor([[1.5e-9, 0.0, 0.0]]), atol=0, rtol=1e-6)
     for _ in range(32 * 60):
         feed(control, torch.tensor([[0.9, 0.1, 0.195]]))
     assert control.penalty_weight[0, 0] == 1.0
@@ -174,6 +174,31 @@ def test_penalty_control_moves_every_interval_and_keeps_its_bounds():
     for _ in range(32 * 40):
         feed(control, torch.tensor([[0.0, 0.0, 0.0]]))
     assert not control.penalty_weight.any()
+
+
+def test_a_penalty_is_halved_down_to_its_minimum():
+    control = PenaltyControl(1, 4, target=0.25, interval=1)
+    control.penalty_weight.copy_(torch.tensor([[1.0, 2e-9, 1.9e-9, 0.5]]))
+    feed(control, torch.tensor([[0.1, 0.1, 0.1, 0.25]]))
+    expected = torch.tensor([[0.5, 1e-9, 0.0, 0.5]])  # at the target: unchanged
+    torch.testing.assert_close(control.penalty_weight, expected, atol=0, rtol=1e-6)
+
+
+def test_a_measured_density_of_zero_is_averaged_with_what_follows():
+    control = PenaltyControl(1, 1, target=0.25)
+    feed(control, torch.tensor([[0.0]]))
+    feed(control, torch.tensor([[1.0]]))
+    torch.testing.assert_close(control.density, torch.tensor([[control.smoothing]]))
+
+
+def test_penalty_control_starts_anew():
+    control = PenaltyControl(1, 2, target=0.25, interval=1)
+    feed(control, torch.tensor([[0.9, 0.9]]))
+    assert control.penalty_weight.all()
+    control.reset_parameters()
+    fresh = PenaltyControl(1, 2, target=0.25, interval=1)
+    assert all(torch.equal(x, fresh.state_dict()[name]) for name, x in control.state_dict().items())
+    assert (control.steps_done(), control.counts.any()) == (0, False)
 
 
 def test_penalty_control_steers_a_simulated_density_to_the_target():
