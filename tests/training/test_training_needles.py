@@ -110,6 +110,15 @@ def test_lengths_fill_a_row(needle_tokenizer):
         assert (padding == needle_tokenizer.eos_token_id).all()
 
 
+def test_where_keys_run_out_the_rest_is_noise(needle_tokenizer):
+    made = maker(needle_tokenizer, row_length=1024, haystacks=["needles"], key_type="number", digits=1)
+    for index in range(3):
+        tokens, _ = documents(made.row(index))[0]
+        keys = re.findall(r"magic numbers for (\d) is: \d\.", needle_tokenizer.decode(tokens))
+        assert sorted(keys) == [str(key) for key in range(10)]
+        assert 1024 - len(tokens) < 80
+
+
 def test_own_wording(needle_tokenizer):
     made = maker(
         needle_tokenizer,
