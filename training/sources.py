@@ -158,7 +158,7 @@ def open_binary(file: Path) -> BinaryIO:
 
 
 def read_text(file: Path) -> Iterator[str]:
-    """The text of a UTF-8 file in pieces.
+    """The text of a UTF-8 file in pieces, without the byte order mark that it may begin with.
 
     Raises: ValueError naming file and byte offset (of the decompressed bytes) where it isn't UTF-8.
     """
@@ -176,6 +176,8 @@ def read_text(file: Path) -> Iterator[str]:
                         f"{file} is not UTF-8 text: byte {fed - pending + error.start} ({error.reason}); convert it, "
                         "for example with: iconv -f LATIN1 -t UTF-8"
                     ) from None
+                if fed == pending:  # the first character, which a chunk may have cut
+                    text = text.removeprefix("\ufeff")
                 fed += len(chunk)
                 if text:
                     yield text

@@ -45,6 +45,18 @@ def test_formats_agree(tmp_path, texts, kind, suffix, monkeypatch):
     assert read(path=str(path), separator=SEPARATOR, text_field="body") == texts
 
 
+@pytest.mark.parametrize("chunk", [1, 1 << 20])
+def test_a_byte_order_mark_is_no_text(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(sources, "CHUNK_BYTES", chunk)
+    mark = "\ufeff"
+    for name, text in (("a.txt", f"Grüße {mark}!"), ("b.jsonl", '{"text": "Grüße \ufeff!"}\n')):
+        (tmp_path / name).write_text(mark + text, encoding="utf-8")
+        assert read(path=str(tmp_path / name)) == [f"Grüße {mark}!"]
+    (tmp_path / "a.txt").write_bytes((mark + "one").encode() + b"\xff")
+    with pytest.raises(ValueError, match=r"a\.txt is not UTF-8 text: byte 6 "):
+        read(path=str(tmp_path / "a.txt"))
+
+
 def test_parquet_folder_and_limits(tmp_path, texts):
     for number, part in enumerate((texts[:20], texts[20:])):
         table = pyarrow.table({"text": part, "other": list(range(len(part)))})
