@@ -214,7 +214,15 @@ def _jsonl_documents(file: Path, field: str, name: str) -> Iterator[str]:
             raise ValueError(
                 f"{file}, line {number} is no JSON ({error.msg}): one JSON object a line is expected"
             ) from None
-        yield _field(record, field, f"{file}, line {number}", name)
+        text = _field(record, field, f"{file}, line {number}", name)
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{file}, line {number}: {name}.text_field={field!r} holds {text[error.start]!r}, half a character, "
+                "which no tokenizer takes: remove it"
+            ) from None
+        yield text
 
 
 def _field(record: Any, field: str, where: str, name: str) -> str:
@@ -243,7 +251,14 @@ def _parquet_documents(file: Path, field: str, name: str) -> Iterator[str]:
             raise ValueError(
                 f"{name}.text_field={field!r} is missing in {file}: it has {', '.join(table.schema_arrow.names)}"
             )
-        for batch in table.iter_batches(batch_size=256, columns=[field]):
+        batches = table.iter_batches(batch_size=256, columns=[field])
+        while True:
+            try:
+                batch = next(batches, None)
+            except (pyarrow.ArrowException, OSError) as error:
+                raise ValueError(f"{file} is damaged ({error}): fetch it again") from None
+            if batch is None:
+                return
             for row in batch.to_pylist():
                 yield _field(row, field, str(file), name)
 
