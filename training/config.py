@@ -204,6 +204,10 @@ def _check_keys(given: Mapping, schema: type, prefix: str, where: str) -> None:
         if key not in types:
             raise _unknown(str(key), list(types), prefix, where)
         kind = types[key]
+        if get_origin(kind) is list and isinstance(value, Mapping):
+            raise ValueError(f"{where}: {prefix}{key} holds keys and values: a list is expected")
+        if (get_origin(kind) is dict or is_dataclass(kind)) and isinstance(value, list):
+            raise ValueError(f"{where}: {prefix}{key} holds a list: keys and values are expected")
         if is_dataclass(kind) and isinstance(value, Mapping):
             _check_keys(value, kind, f"{prefix}{key}.", where)
         elif get_origin(kind) is list and is_dataclass(get_args(kind)[0]) and isinstance(value, list):
