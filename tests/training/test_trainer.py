@@ -447,6 +447,18 @@ def test_half_a_tokenizer_is_not_taken_for_a_whole_one(folder, monkeypatch):
     assert [path.name for path in (folder / "run").iterdir()] == ["tokenizer"]
 
 
+def test_a_tokenizer_of_other_settings_is_not_taken(folder):
+    """A run that is refused before its first step leaves its tokenizer behind."""
+    trained = "tokenizer={path: null, train_vocab_size: 400}"
+    with pytest.raises(ValueError, match=r"the tokenizer has 400 entries .* choose a smaller tokenizer"):
+        train(configured(folder, trained))
+    run = train(configured(folder, trained, "tokenizer.train_vocab_size=280", "steps=1"))
+    assert len(AutoTokenizer.from_pretrained(run)) == 280
+    kept = (run / "tokenizer" / "tokenizer_config.json").stat().st_mtime_ns
+    setup.make_tokenizer(configured(folder, trained, "tokenizer.train_vocab_size=280", "steps=2"), run, save=True)
+    assert (run / "tokenizer" / "tokenizer_config.json").stat().st_mtime_ns == kept
+
+
 def test_text_can_be_tokenised_before_a_run(folder, monkeypatch, capsys):
     import lalte
 
