@@ -239,7 +239,8 @@ def read_samples(folder: Path) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {}
     for path in sorted((folder / "samples").glob("*.jsonl")):
         latest = {}
-        for line in path.read_text(encoding="utf-8").splitlines():
+        # only the line feed ends a line: str.splitlines would also cut inside answers
+        for line in path.read_text(encoding="utf-8").split("\n"):
             try:
                 record = json.loads(line)
                 latest[record["index"]] = record

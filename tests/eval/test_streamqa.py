@@ -50,6 +50,9 @@ def test_questions_are_read_in_every_form(tmp_path):
         found, source = read_questions("arc_easy", tmp_path / name)
         assert found == QUESTIONS
         assert source.startswith(f"{name} {(tmp_path / name).stat().st_size} ")
+    odd = ours[0] | {"question": "Which\u2028one,\x85of these?"}
+    (tmp_path / "d.jsonl").write_text(json.dumps(odd, ensure_ascii=False), encoding="utf-8")
+    assert read_questions("arc_easy", tmp_path / "d.jsonl")[0][0].text == odd["question"]
     for text, words in (
         ("[]", "holds no question"),
         ("[{}]", "entry 0 is no question"),
