@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from training.data import DataConfig, StageConfig
@@ -132,7 +132,8 @@ FREE_ON_RESUME = (
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Read a YAML file and merge command-line changes (`optimizer.lr=3e-4`, `data.sources.0.path=x.txt`) over it.
 
-    A file may begin with `extends: other.yaml`, a file beside it whose settings it changes.
+    A file may begin with `extends: other.yaml`, a file beside it whose settings it changes: lists are replaced,
+    mappings merged, and {} empties model.overrides.
     The output folder is runs/<name of the file> unless it is set.
     Raises: ValueError naming the key, its value and what would do.
     """
@@ -143,6 +144,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
             config = OmegaConf.merge(config, OmegaConf.create(dict(given)))
         except OmegaConfBaseException as error:
             raise ValueError(f"{file}: {_first_line(error)}") from None
+        _empty(config, given)
     for change in overrides:
         _apply(config, change)
     result = OmegaConf.to_object(config)
@@ -181,9 +183,26 @@ def _apply(config: Any, change: str) -> None:
     _check_path(key.split("."), TrainConfig, key)
     try:
         value = OmegaConf.from_dotlist([f"value={text}"])["value"]
-        OmegaConf.update(config, key, value, merge=True)
+        OmegaConf.update(config, key, value, merge=not _empties(config, key, value))
     except (OmegaConfBaseException, yaml.YAMLError, IndexError, ValueError, TypeError) as error:
         raise ValueError(f"{change}: {_first_line(error)}") from None
+
+
+def _empties(config: Any, key: str, value: Any) -> bool:
+    """Whether {} is given for a setting of free keys, such as model.overrides: merging would leave it as it was."""
+    return value == {} and _is_free(OmegaConf.select(config, key))
+
+
+def _is_free(node: Any) -> bool:
+    return isinstance(node, DictConfig) and OmegaConf.get_type(node) is dict
+
+
+def _empty(config: Any, given: Mapping) -> None:
+    for key, value in given.items():
+        if _empties(config, key, value):
+            config[key] = {}
+        elif isinstance(value, Mapping) and not _is_free(config[key]):
+            _empty(config[key], value)
 
 
 def _first_line(error: Exception) -> str:

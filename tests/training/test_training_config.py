@@ -77,6 +77,16 @@ def test_errors_name_the_key(write, text, changes, message):
         load_config(write(text), changes)
 
 
+def test_nothing_in_the_place_of_overrides(write, tmp_path):
+    base = "model: {config: m.json, overrides: {window: 3}}\noptimizer: {lr: 0.5}\n"
+    (tmp_path / "base.yaml").write_text(base)
+    assert load_config(write(base), ["model.overrides={}"]).model.overrides == {}
+    assert load_config(write(base), ["model.overrides={}", "model.overrides.sinks=1"]).model.overrides == {"sinks": 1}
+    config = load_config(write("extends: base.yaml\nmodel: {overrides: {}}\noptimizer: {}\n"))
+    assert config.model.overrides == {}
+    assert (config.model.config, config.optimizer.lr) == ("m.json", 0.5)
+
+
 def test_a_file_extends_another(write, tmp_path):
     (tmp_path / "base.yaml").write_text(BASE + "optimizer: {lr: 0.5, clip: 2}\ncurriculum: [{until_step: 3}]\n")
     (tmp_path / "middle.yaml").write_text("extends: base.yaml\noptimizer: {clip: 3}\nsteps: 8\n")
