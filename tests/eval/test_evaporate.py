@@ -235,6 +235,16 @@ def test_bad_data_is_named(tmp_path, tokenizer):
         build_pairs(tmp_path / "pages.jsonl", pairs)
 
 
+def test_files_with_a_byte_order_mark_and_broken_ones(tmp_path):
+    record = json.dumps({"text": "t", "key": "k", "value": "v"})
+    (tmp_path / "marked.jsonl").write_text("\ufeff" + record, encoding="utf-8")
+    assert read_documents("fda", tmp_path / "marked.jsonl")[0] == [Document("t", "v", "k")]
+    whole = gzip.compress(record.encode(), mtime=0)
+    (tmp_path / "broken.jsonl.gz").write_bytes(whole[:10] + b"\x06" + whole[11:])  # an unknown kind of block
+    with pytest.raises(ValueError, match=r"broken\.jsonl\.gz: can't be read"):
+        read_documents("fda", tmp_path / "broken.jsonl.gz")
+
+
 def test_a_missing_hub_data_set_is_one_clear_error(monkeypatch):
     import datasets
 
