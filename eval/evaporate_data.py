@@ -285,7 +285,7 @@ def _pages(path: Path) -> dict[str, str]:
 
 
 def _pairs(path: Path) -> Iterator[tuple[str, str, str]]:
-    """(page, key, value): of JSONL with doc_id, key and value, or of JSON {page: {key: value}}."""
+    """(page, key, value): of JSONL with doc_id, key and value, or of JSON {page: {key: value}}; null is no value."""
     if not path.is_file():
         raise ValueError(f"pairs: {path} is not a file; give JSONL, or JSON of the form {{page: {{key: value}}}}")
     table = None
@@ -297,7 +297,7 @@ def _pairs(path: Path) -> Iterator[tuple[str, str, str]]:
         if not isinstance(table, dict) or not all(isinstance(entry, dict) for entry in table.values()):
             raise ValueError(f"pairs: {path} is not of the form {{page: {{key: value}}}}")
         for page, entries in table.items():
-            yield from ((Path(page).stem, str(key), str(value)) for key, value in entries.items())
+            yield from ((page, key, str(value)) for key, value in entries.items() if value is not None)
         return
     for number, record in _json_lines(path):
         where = f"{path}: line {number}"
@@ -342,9 +342,10 @@ def build_pairs(
         raise ValueError(f"chunk: {chunk} is not a positive number of tokens")
     texts = _pages(Path(pages))
     wanted: dict[str, dict[str, str]] = {}
-    for page, key, value in _pairs(Path(pairs)):
+    for name, key, value in _pairs(Path(pairs)):
+        page = name if name in texts else Path(name).stem  # a page may be named after its file
         if page not in texts:
-            raise ValueError(f"pairs: {pairs} names the page {page!r}, which isn't in {pages}; give its pages too")
+            raise ValueError(f"pairs: {pairs} names the page {name!r}, which isn't in {pages}; give its pages too")
         value = value.strip().removeprefix(":").strip()
         if value and key.strip():
             wanted.setdefault(page, {})[key.strip()] = value

@@ -235,6 +235,21 @@ def test_bad_data_is_named(tmp_path, tokenizer):
         build_pairs(tmp_path / "pages.jsonl", pairs)
 
 
+def test_pages_are_named_with_or_without_their_suffix_and_null_is_no_value(tmp_path):
+    folder = tmp_path / "pages"
+    folder.mkdir()
+    for name in ("K1.v2", "K2"):
+        (folder / f"{name}.txt").write_text("Maker: Acme. Mode: none.")
+    table = {"K1.v2": {"Maker": "Acme"}, "reports/K2.txt": {"Maker": "Acme", "Mode": None}}
+    (tmp_path / "table.json").write_text(json.dumps(table))
+    pairs = [{"doc_id": name, "key": "Maker", "value": "Acme"} for name in ("K1.v2.txt", "K2")]
+    for source in (tmp_path / "table.json", write_jsonl(tmp_path / "pairs.jsonl", pairs)):
+        assert [(made.key, made.value) for made in build_pairs(folder, source)] == [("Maker", "Acme")] * 2
+    (tmp_path / "table.json").write_text('{"K3.v2": {"Maker": "Acme"}}')
+    with pytest.raises(ValueError, match=r"names the page 'K3\.v2'"):
+        build_pairs(folder, tmp_path / "table.json")
+
+
 def test_files_with_a_byte_order_mark_and_broken_ones(tmp_path):
     record = json.dumps({"text": "t", "key": "k", "value": "v"})
     (tmp_path / "marked.jsonl").write_text("\ufeff" + record, encoding="utf-8")
