@@ -153,6 +153,11 @@ def write_documents(path: str | Path, documents: Iterable[Document], *, overwrit
     return len(lines)
 
 
+def _check_samples(samples: int | None) -> None:
+    if samples is not None and samples < 1:
+        raise ValueError(f"samples: {samples} is not a positive whole number")
+
+
 # ---- SQuAD ----
 
 
@@ -240,6 +245,7 @@ def build_squad(
         raise ValueError("tokenizer: missing; lengths are measured with one, so give --tokenizer DIR")
     if small := [length for length in lengths or [] if length <= ANSWER_ROOM]:
         raise ValueError(f"lengths: {small[0]} leaves no text: {ANSWER_ROOM} tokens are kept for the answer")
+    _check_samples(samples)
     asked = []
     for paragraphs in _articles(Path(path)):
         contexts = [paragraph["context"].strip() for paragraph in paragraphs]
@@ -340,6 +346,7 @@ def build_pairs(
         raise ValueError("tokenizer: missing; chunks are measured with one, so give --tokenizer DIR")
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk: {chunk} is not a positive number of tokens")
+    _check_samples(samples)
     texts = _pages(Path(pages))
     wanted: dict[str, dict[str, str]] = {}
     for name, key, value in _pairs(Path(pairs)):

@@ -229,10 +229,14 @@ def test_bad_data_is_named(tmp_path, tokenizer):
         build_squad(squad, lengths=[60], tokenizer=tokenizer)
     with pytest.raises(ValueError, match="form: 'cloze'"):
         build_squad(squad, form="cloze")
+    with pytest.raises(ValueError, match="samples: -1 is not a positive"):
+        build_squad(squad, samples=-1)
     write_jsonl(tmp_path / "pages.jsonl", [{"doc_id": "a", "text": "x"}])
     pairs = write_jsonl(tmp_path / "pairs.jsonl", [{"doc_id": "b", "key": "k", "value": "v"}])
     with pytest.raises(ValueError, match="names the page 'b'"):
         build_pairs(tmp_path / "pages.jsonl", pairs)
+    with pytest.raises(ValueError, match="samples: 0 is not a positive"):
+        build_pairs(tmp_path / "pages.jsonl", pairs, samples=0)
 
 
 def test_pages_are_named_with_or_without_their_suffix_and_null_is_no_value(tmp_path):
