@@ -108,6 +108,23 @@ def test_answers_with_line_separators_are_read(tmp_path):
     assert [record["said"] for record in read_samples(tmp_path)["t"]] == ["a\u2028b", "a\x85b", "a\nb"]
 
 
+def test_runs_that_share_a_name_are_all_noted_and_drawn(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(figures, "heat_maps", lambda path, samples, **_: drawn.update(samples) or [])
+    runs = []
+    for name, length, seed in (("ours", 1024, 1), ("ours", 2048, 0), ("gdn", 1024, 0)):
+        folder = tmp_path / f"{name}-{length}"
+        runs.append(f"{name}={write_run(folder, [accuracy(f'niah_single_1 L{length}', 9)], seed=seed)}")
+        with SampleLog(folder / "samples" / "t.jsonl") as log:
+            log.append({"index": 0, "task": "niah_single_1", "length": length, "depth_percent": 5.0, "score": 1.0})
+    (section,) = compare(runs, tmp_path / "out")
+    assert section.warnings() == ["niah: the runs differ in their seed (ours: 1, ours: 0, gdn: 0)"]
+    assert {name: [sample["length"] for sample in own] for name, own in drawn.items()} == {
+        "ours": [1024, 2048],
+        "gdn": [1024],
+    }
+
+
 def test_figures_and_heat_maps_are_written(two, tmp_path):
     for folder, score in (("ours", 1.0), ("gdn", 0.0)):
         samples = tmp_path / folder / "samples"
