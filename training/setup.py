@@ -269,7 +269,10 @@ def tokenise(config: TrainConfig) -> dict[str, int]:
     Raises: ValueError for anything wrong with tokenizer or sources.
     """
     check_tokenizer_config(config.tokenizer)
-    tokenizer = make_tokenizer(config, Path(config.output).expanduser(), save=True)
+    output = Path(config.output).expanduser()
+    if config.tokenizer.train_vocab_size is not None:
+        resume_point(config, output)  # the folder of another run keeps its tokenizer
+    tokenizer = make_tokenizer(config, output, save=True)
     flags = {"add_bos": config.data.add_bos, "add_eos": config.data.add_eos, "progress": config.log.progress}
     cache = Path(config.data.cache_dir)
     return {

@@ -457,6 +457,8 @@ def test_a_tokenizer_of_other_settings_is_not_taken(folder):
     kept = (run / "tokenizer" / "tokenizer_config.json").stat().st_mtime_ns
     setup.make_tokenizer(configured(folder, trained, "tokenizer.train_vocab_size=280", "steps=2"), run, save=True)
     assert (run / "tokenizer" / "tokenizer_config.json").stat().st_mtime_ns == kept
+    with pytest.raises(ValueError, match=r"holds a run with another configuration: .*train_vocab_size"):
+        setup.tokenise(configured(folder, trained, "steps=1"))
 
 
 def test_text_can_be_tokenised_before_a_run(folder, monkeypatch, capsys):
