@@ -21,7 +21,13 @@ from training.config import TrainConfig, difference
 from training.data import Stage, plan_stages
 from training.sources import iter_documents
 from training.store import open_store
-from training.tokenizer import TokenizerConfig, check_tokenizer_config, load_tokenizer, train_tokenizer
+from training.tokenizer import (
+    TokenizerConfig,
+    check_begin,
+    check_tokenizer_config,
+    load_tokenizer,
+    train_tokenizer,
+)
 from training.wording import variants, wordings
 
 ORIGIN = "origin.json"  # in the folder of a trained tokenizer: the settings that it was made from
@@ -273,6 +279,7 @@ def tokenise(config: TrainConfig) -> dict[str, int]:
     if config.tokenizer.train_vocab_size is not None:
         resume_point(config, output)  # the folder of another run keeps its tokenizer
     tokenizer = make_tokenizer(config, output, save=True)
+    check_begin(tokenizer, config.data.add_bos)
     flags = {"add_bos": config.data.add_bos, "add_eos": config.data.add_eos, "progress": config.log.progress}
     cache = Path(config.data.cache_dir)
     return {
