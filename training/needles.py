@@ -211,7 +211,9 @@ class NeedleMaker:
         return np.asarray([one for line in lines for one in line], dtype=np.int64)
 
     def _noise(self, room: int) -> tuple[list[list[int]], int]:
-        full, room = divmod(room, len(self.noise[-1])) if self.noise else (0, room)
+        if not self.noise:
+            return [], room
+        full, room = divmod(room, len(self.noise[-1]))
         return [self.noise[-1]] * full, room
 
     def _more_needles(

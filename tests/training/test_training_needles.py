@@ -119,6 +119,14 @@ def test_where_keys_run_out_the_rest_is_noise(needle_tokenizer):
         assert 1024 - len(tokens) < 80
 
 
+@pytest.mark.parametrize("haystack", ["noise", "needles"])
+def test_a_haystack_without_noise(needle_tokenizer, haystack):
+    made = maker(needle_tokenizer, haystacks=[haystack], noise="")
+    tokens, _ = documents(made.row(0))[0]
+    needles = needle_tokenizer.decode(tokens).count("One of the special magic numbers for")
+    assert needles > 1 if haystack == "needles" else needles == 1
+
+
 def test_own_wording(needle_tokenizer):
     made = maker(
         needle_tokenizer,
