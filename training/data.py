@@ -273,6 +273,11 @@ class TrainingRows(Dataset):
         step_rows = self.stages[stage].step_rows
         return index % step_rows * self.lanes // step_rows
 
+    @property
+    def text(self) -> dict[str, list[int]]:
+        """Documents and tokens of each source in the cache: the rows depend on them."""
+        return {self.names[i]: [len(store), store.total] for i, store in self.stores.items()}
+
     def packed_sources(self, stage: int) -> list[int]:
         """Numbers of the sources that this stage reads from the cache."""
         return [i for s, i in self.packed if s == stage]

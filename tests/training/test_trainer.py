@@ -283,6 +283,27 @@ def test_folder_of_another_run(folder):
         train(configured(folder, *change))
 
 
+def test_a_run_does_not_go_on_with_other_text(folder):
+    """Its rows would be dealt anew: some of the text would be read again, and some never."""
+    run = train(configured(folder, "steps=8"))
+    shutil.rmtree(run / "checkpoint-8")
+    text = (folder / "texts.txt").read_text()
+    (folder / "texts.txt").write_text(text + "\n<end>\nOne more.")
+    with pytest.raises(
+        ValueError, match=r"text has changed since .*checkpoint-4, .*were \{'data\.sources\[0\]': \[60, "
+    ):
+        train(configured(folder, "steps=8"))
+    (folder / "texts.txt").write_text(text)  # at another time, but the same
+    train(configured(folder, "steps=8"))
+    # a checkpoint of a version that didn't keep the size of the text
+    shutil.rmtree(run / "checkpoint-8")
+    progress = json.loads((run / "checkpoint-4" / "progress-0.json").read_text())
+    del progress["text"]
+    (run / "checkpoint-4" / "progress-0.json").write_text(json.dumps(progress))
+    checkpoints.seal(run / "checkpoint-4")
+    train(configured(folder, "steps=8"))
+
+
 def test_a_checkpoint_goes_on_in_another_folder_only_as_configured(folder):
     """Otherwise the optimizer's old learning rate would go on beside the data of another seed."""
     run = train(configured(folder, "steps=6"))
