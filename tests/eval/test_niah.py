@@ -421,6 +421,7 @@ def test_the_shipped_config_is_the_default():
         ("sampels: 3", "unknown setting 'sampels'; did you mean samples"),
         ("colour: red", "known are model, out"),
         ("samples: many", "samples"),
+        ("lengths: {least: 512}", "config: lengths: .* has keys and values there; give a value or a list"),
         ("[1, 2]", "name: value"),
         ("a: [", "not YAML"),
         (None, "is not a file"),
