@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
-from training import checkpoints, setup
+from training import checkpoints, saving, setup
 from training.checkpoints import CheckpointError
 from training.config import load_config, save_config
 from training.trainer import HybridTrainer, NonFiniteLoss, cosine, train
@@ -166,6 +166,22 @@ def test_sigkill_and_resume_give_the_same_run(folder):
     train(reference)
     assert [entry["step"] for entry in history(folder / "run")] == [3, 6, 9, 12]
     assert_same_run(folder / "killed", folder / "run")
+
+
+def test_a_kill_while_the_model_is_put_into_the_folder(folder, monkeypatch):
+    config = configured(folder, "steps=2")
+    replace_file = saving.os.replace
+
+    def killed(source, target):
+        if Path(target).name == "tokenizer.json" and Path(target).parent == folder / "run":
+            raise KeyboardInterrupt
+        replace_file(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saving.os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    assert len(AutoTokenizer.from_pretrained(train(config))) == 300
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(folder, monkeypatch):
