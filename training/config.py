@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
@@ -298,8 +299,13 @@ def as_yaml(config: TrainConfig) -> str:
 
 
 def save_config(config: TrainConfig, path: Path) -> None:
-    """Write the resolved configuration as YAML."""
-    path.write_text(as_yaml(config), encoding="utf-8")
+    """Write the resolved configuration as YAML, whole or not at all: a run with half of it would be another one."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(as_yaml(config), encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def difference(old: Path, config: TrainConfig) -> str | None:

@@ -152,6 +152,22 @@ def test_missing_file():
         load_config("nowhere.yaml")
 
 
+def test_a_full_disk_leaves_the_saved_configuration(write, tmp_path, monkeypatch):
+    config, path = load_config(write(BASE)), tmp_path / "saved.yaml"
+    save_config(config, path)
+    whole, write_text = path.read_text(), Path.write_text
+
+    def full(self, text, **more):
+        write_text(self, text[:9], **more)
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="no space left"):
+        save_config(config, path)
+    assert path.read_text() == whole
+    assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []
+
+
 def test_difference_names_the_first_key_that_matters(write, tmp_path):
     config = load_config(write(BASE))
     save_config(config, tmp_path / "config.yaml")
