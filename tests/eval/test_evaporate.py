@@ -365,6 +365,9 @@ def test_packed_data_choose_the_lengths(tmp_path, tokenizer):
     assert [text.count("ACME Press") for text in model.prompts] == [2]
     with pytest.raises(ValueError, match=r"packed to \[200, 400\], not to \[300\]"):
         evaporate.run_evaporate(model, tokenizer, "squad", tmp_path / "c", lengths=[300], **arguments)
+    mixed = write_jsonl(tmp_path / "mixed.jsonl", [*texts, {"text": "Some. Who?", "value": "ACME Press"}])
+    with pytest.raises(ValueError, match=r"some documents were packed to \[200, 400\] and others weren't"):
+        evaporate.run_evaporate(model, tokenizer, "squad", tmp_path / "d", **(arguments | {"data": mixed}))
 
 
 @pytest.mark.parametrize("family", ["llama", "lalte"])
