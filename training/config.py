@@ -169,7 +169,7 @@ def _read(path: Path) -> list[tuple[Path, Mapping]]:
         given = {} if given is None else given
         if not isinstance(given, Mapping):
             raise ValueError(f"the configuration {path} holds {type(given).__name__}: keys and values are expected")
-        if any(path == file for file, _ in found):
+        if any(path.resolve() == file.resolve() for file, _ in found):
             raise ValueError(f"extends={path.name!r} in {found[-1][0]}: the files extend each other; name another")
         found.append((path, {key: value for key, value in given.items() if key != "extends"}))
         if "extends" not in given:

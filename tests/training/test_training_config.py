@@ -100,6 +100,12 @@ def test_a_file_extends_another(write, tmp_path):
     (tmp_path / "base.yaml").write_text("extends: middle.yaml\n")
     with pytest.raises(ValueError, match=r"extends='middle\.yaml' in .*base\.yaml: the files extend each other"):
         load_config(tmp_path / "middle.yaml")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "base.yaml").write_text("extends: ../middle.yaml\n")
+    (tmp_path / "middle.yaml").write_text("extends: other/base.yaml\n")
+    with pytest.raises(ValueError, match=r"extends='middle\.yaml' in .*base\.yaml: the files extend each other"):
+        load_config(tmp_path / "middle.yaml")
+    (tmp_path / "middle.yaml").write_text("extends: base.yaml\noptimizer: {clip: 3}\nsteps: 8\n")
     (tmp_path / "base.yaml").write_text("stepz: 2\n")
     with pytest.raises(ValueError, match=r"base\.yaml: unknown key stepz"):
         load_config(tmp_path / "middle.yaml")
