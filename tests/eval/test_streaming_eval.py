@@ -236,6 +236,7 @@ def test_perplexity_refuses_what_it_cannot_do(book, tokenizer, tmp_path):
         ),
         (llama, [book], {"tokens": 0}, "tokens: 0 is not"),
         (llama, [book], {"tokens": 1}, "tokens: 1 leaves none to predict; use 2 or more"),
+        (llama, [book], {"limit": 1}, "limit: 1 leaves none to predict; use 2 or more"),
         (llama, [], {}, "text: no file given"),
         (llama, [tmp_path / "nothing.txt"], {}, "nothing.txt is not a file"),
         (llama, [tmp_path / "empty.txt"], {}, "fewer than two tokens"),
