@@ -86,7 +86,7 @@ def beyond_window(tokenizer: Any, task: str, length: int, step: int | None, wind
 def measure(model: Any, tokenizer: Any, system: str, budget: int | None, out: Path, rule: Any) -> list[dict]:
     """Accuracy rows of one system: all samples, and those whose needle the window of `rule` can't reach."""
     from eval.niah import run_niah
-    from eval.results import row, wilson
+    from eval.results import SampleLog, row, wilson
 
     rows, lengths = [], lengths_of(rule)
     for task, step in TASKS:
@@ -96,8 +96,7 @@ def measure(model: Any, tokenizer: Any, system: str, budget: int | None, out: Pa
         )
         rows += content["rows"]
         for length in lengths:
-            log = (folder / "samples" / f"{task}-L{length}.jsonl").read_text()
-            answers = [json.loads(line) for line in log.splitlines()]
+            answers = SampleLog(folder / "samples" / f"{task}-L{length}.jsonl").records.values()
             far = beyond_window(tokenizer, task, length, step, rule.window)
             scores = [one["score"] for one in answers if one["error"] is None and far[one["index"]]]
             if scores:

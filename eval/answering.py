@@ -169,6 +169,7 @@ class Runner:
         """
         done = _finished(log, samples)
         open_ = [sample for sample in samples if sample.index not in done]
+        self.answered += len(samples) - len(open_)  # what was answered before shows that not all is wrong
         bar.update(len(samples) - len(open_))
         for start in range(0, len(open_), batch_size):
             for record in self.run(open_[start : start + batch_size]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,12 +63,13 @@ def _records(path: Path) -> Iterable[tuple[str, Any]]:
     """JSON lines, or one JSON list; plain or .gz."""
     try:
         data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
+        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
         if text.lstrip().startswith("["):
             return [(f"{path}: entry {number}", record) for number, record in enumerate(json.loads(text))]
-        lines = [(number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+        # only the line feed ends a line: str.splitlines would also cut inside JSON strings
+        lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
         return [(f"{path}: line {number}", json.loads(line)) for number, line in lines]
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, zlib.error, ValueError) as error:
         raise ValueError(f"data: {path} can't be read ({error}); give JSON or JSON lines, plain or .gz") from error
 
 

@@ -77,11 +77,11 @@ class Section:
         """What sets the runs apart besides their models."""
         found = []
         for name in ("tokenizer", "seed", "samples", "device"):
-            values = {run.name: run.content.get(name) for run in self.runs}
+            values = [(run.name, run.content.get(name)) for run in self.runs]  # runs of one model may share a name
             if name == "device" and not any(row["metric"] in TIMES for row in self.rows):
                 continue
-            if len({json.dumps(value, default=str) for value in values.values()}) > 1:
-                listed = ", ".join(f"{run}: {value}" for run, value in values.items())
+            if len({json.dumps(value, default=str) for _, value in values}) > 1:
+                listed = ", ".join(dict.fromkeys(f"{run}: {value}" for run, value in values))
                 found.append(f"{self.evaluation}: the runs differ in their {name} ({listed})")
         return found
 
@@ -239,7 +239,8 @@ def read_samples(folder: Path) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {}
     for path in sorted((folder / "samples").glob("*.jsonl")):
         latest = {}
-        for line in path.read_text(encoding="utf-8").splitlines():
+        # only the line feed ends a line: str.splitlines would also cut inside answers
+        for line in path.read_text(encoding="utf-8").split("\n"):
             try:
                 record = json.loads(line)
                 latest[record["index"]] = record
@@ -257,7 +258,7 @@ def _heat_maps(section: Section, out: Path, prefix: str, overwrite: bool) -> lis
     tasks: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for run in section.runs:
         for task, records in read_samples(run.path.parent).items():
-            tasks.setdefault(task, {})[run.name] = records
+            tasks.setdefault(task, {}).setdefault(run.name, []).extend(records)
     written = []
     for task, samples in tasks.items():
         title = f"{section.evaluation}: {task}"

@@ -52,6 +52,8 @@ def _cells(
     packed = sorted({document.length for _, document in documents if document.length is not None})
     if not packed:
         return [(length, documents) for length in lengths or [None]], bool(lengths)
+    if any(document.length is None for _, document in documents):
+        raise ValueError(f"data: some documents were packed to {packed} and others weren't; evaluate them apart")
     if missing := sorted(set(lengths) - set(packed)):
         raise ValueError(
             f"lengths: the data were packed to {packed}, not to {missing}; leave lengths out or build them"

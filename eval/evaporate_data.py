@@ -10,6 +10,7 @@ import gzip
 import json
 import random
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -49,8 +50,8 @@ class Document:
 def _open_text(path: Path) -> str:
     try:
         data = path.read_bytes()
-        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: can't be read ({error}); give a UTF-8 file, plain or .gz") from error
 
 
@@ -152,6 +153,11 @@ def write_documents(path: str | Path, documents: Iterable[Document], *, overwrit
     return len(lines)
 
 
+def _check_samples(samples: int | None) -> None:
+    if samples is not None and samples < 1:
+        raise ValueError(f"samples: {samples} is not a positive whole number")
+
+
 # ---- SQuAD ----
 
 
@@ -239,6 +245,7 @@ def build_squad(
         raise ValueError("tokenizer: missing; lengths are measured with one, so give --tokenizer DIR")
     if small := [length for length in lengths or [] if length <= ANSWER_ROOM]:
         raise ValueError(f"lengths: {small[0]} leaves no text: {ANSWER_ROOM} tokens are kept for the answer")
+    _check_samples(samples)
     asked = []
     for paragraphs in _articles(Path(path)):
         contexts = [paragraph["context"].strip() for paragraph in paragraphs]
@@ -284,7 +291,7 @@ def _pages(path: Path) -> dict[str, str]:
 
 
 def _pairs(path: Path) -> Iterator[tuple[str, str, str]]:
-    """(page, key, value): of JSONL with doc_id, key and value, or of JSON {page: {key: value}}."""
+    """(page, key, value): of JSONL with doc_id, key and value, or of JSON {page: {key: value}}; null is no value."""
     if not path.is_file():
         raise ValueError(f"pairs: {path} is not a file; give JSONL, or JSON of the form {{page: {{key: value}}}}")
     table = None
@@ -296,7 +303,7 @@ def _pairs(path: Path) -> Iterator[tuple[str, str, str]]:
         if not isinstance(table, dict) or not all(isinstance(entry, dict) for entry in table.values()):
             raise ValueError(f"pairs: {path} is not of the form {{page: {{key: value}}}}")
         for page, entries in table.items():
-            yield from ((Path(page).stem, str(key), str(value)) for key, value in entries.items())
+            yield from ((page, key, str(value)) for key, value in entries.items() if value is not None)
         return
     for number, record in _json_lines(path):
         where = f"{path}: line {number}"
@@ -339,11 +346,13 @@ def build_pairs(
         raise ValueError("tokenizer: missing; chunks are measured with one, so give --tokenizer DIR")
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk: {chunk} is not a positive number of tokens")
+    _check_samples(samples)
     texts = _pages(Path(pages))
     wanted: dict[str, dict[str, str]] = {}
-    for page, key, value in _pairs(Path(pairs)):
+    for name, key, value in _pairs(Path(pairs)):
+        page = name if name in texts else Path(name).stem  # a page may be named after its file
         if page not in texts:
-            raise ValueError(f"pairs: {pairs} names the page {page!r}, which isn't in {pages}; give its pages too")
+            raise ValueError(f"pairs: {pairs} names the page {name!r}, which isn't in {pages}; give its pages too")
         value = value.strip().removeprefix(":").strip()
         if value and key.strip():
             wanted.setdefault(page, {})[key.strip()] = value

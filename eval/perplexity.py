@@ -247,8 +247,9 @@ def run_perplexity(
         raise ValueError(f"chunk: {chunk} is not a multiple of {BLOCK}; take {-(-chunk // BLOCK) * BLOCK}")
     if not texts:
         raise ValueError("text: no file given; give at least one")
-    if tokens < 2:
-        raise ValueError(f"tokens: {tokens} leaves none to predict; use 2 or more")
+    for name, value in (("tokens", tokens), ("limit", limit)):
+        if value == 1:
+            raise ValueError(f"{name}: 1 leaves none to predict; use 2 or more")
     identity = texts_identity(texts)
     limit = _limit(model, cache, limit)
     wanted = tokens if limit is None else min(tokens, limit)

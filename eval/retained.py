@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .conditions import evaluating
+from .conditions import evaluating, retained
 from .inspection import Inspection, inspect_text
 from .loading import model_identity, system_name, tokenizer_identity
 from .needles import NEEDLE, find_task, make_samples
@@ -149,6 +149,12 @@ def run_retained(
         "budget": budget,
         "step": step,
     }
+    make = lambda task, length: make_samples(task, tokenizer, length, samples, seed, step=step)
+    # what can't be used shows here: a folder that was claimed for it would refuse the run as it was meant
+    with retained(model, budget):
+        ready = {(task, min(lengths)): make(task, min(lengths)) for task in names} if lengths else {}
+    if not ready:
+        raise ValueError(f"tasks: {names}, lengths: {list(lengths)}; name at least one of each")
     claim_folder(out_dir, settings, resume=resume)
     if (Path(out_dir) / "result.json").exists():
         return read_json(Path(out_dir) / "result.json")  # of the same settings: there is nothing left to do
@@ -157,7 +163,7 @@ def run_retained(
         for task in names:
             for length in lengths:
                 counts: dict[int, Tensor] = {}
-                for sample in make_samples(task, tokenizer, length, samples, seed, step=step):
+                for sample in ready.pop((task, length), None) or make(task, length):
                     found = inspect_text(model, tokenizer, sample.text, budget=budget, maps=False, progress=False)
                     new = count_kept(found, token_kinds(found.tokens.texts))
                     counts = {layer: count + counts.get(layer, 0) for layer, count in new.items()}

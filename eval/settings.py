@@ -129,6 +129,9 @@ def _read_file(path: str, known: Sequence[str]) -> Any:
             near = difflib.get_close_matches(str(name), known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
             raise ValueError(f"config: {path} has the unknown setting {name!r}; {hint}")
+    for name, value in OmegaConf.to_container(loaded).items():
+        if isinstance(value, dict):
+            raise ValueError(f"config: {name}: {path} has keys and values there; give a value or a list")
     return loaded
 
 

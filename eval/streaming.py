@@ -11,6 +11,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import lzma
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ RECORD_SEPARATOR = "\x1e"
 
 def _open(path: Path) -> Any:
     opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
-    return opener(path, "rt", encoding="utf-8")
+    return opener(path, "rt", encoding="utf-8-sig")  # a byte order mark is no text
 
 
 def text_pieces(paths: Sequence[str | Path]) -> Iterator[str]:
@@ -49,7 +50,7 @@ def text_pieces(paths: Sequence[str | Path]) -> Iterator[str]:
                     if end:
                         yield rest[:end]
                         rest = rest[end:]
-        except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
+        except (OSError, EOFError, zlib.error, lzma.LZMAError, UnicodeDecodeError) as error:
             raise ValueError(f"text: {path} can't be read ({error}); give UTF-8 text, plain, .gz or .xz") from error
         if rest:
             yield rest if rest.endswith("\n") else f"{rest}\n"

@@ -2,13 +2,14 @@
 
 import difflib
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from training.data import DataConfig, StageConfig
@@ -132,7 +133,8 @@ FREE_ON_RESUME = (
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Read a YAML file and merge command-line changes (`optimizer.lr=3e-4`, `data.sources.0.path=x.txt`) over it.
 
-    A file may begin with `extends: other.yaml`, a file beside it whose settings it changes.
+    A file may begin with `extends: other.yaml`, a file beside it whose settings it changes: lists are replaced,
+    mappings merged, and {} empties model.overrides.
     The output folder is runs/<name of the file> unless it is set.
     Raises: ValueError naming the key, its value and what would do.
     """
@@ -143,6 +145,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
             config = OmegaConf.merge(config, OmegaConf.create(dict(given)))
         except OmegaConfBaseException as error:
             raise ValueError(f"{file}: {_first_line(error)}") from None
+        _empty(config, given)
     for change in overrides:
         _apply(config, change)
     result = OmegaConf.to_object(config)
@@ -166,7 +169,7 @@ def _read(path: Path) -> list[tuple[Path, Mapping]]:
         given = {} if given is None else given
         if not isinstance(given, Mapping):
             raise ValueError(f"the configuration {path} holds {type(given).__name__}: keys and values are expected")
-        if any(path == file for file, _ in found):
+        if any(path.resolve() == file.resolve() for file, _ in found):
             raise ValueError(f"extends={path.name!r} in {found[-1][0]}: the files extend each other; name another")
         found.append((path, {key: value for key, value in given.items() if key != "extends"}))
         if "extends" not in given:
@@ -181,9 +184,26 @@ def _apply(config: Any, change: str) -> None:
     _check_path(key.split("."), TrainConfig, key)
     try:
         value = OmegaConf.from_dotlist([f"value={text}"])["value"]
-        OmegaConf.update(config, key, value, merge=True)
+        OmegaConf.update(config, key, value, merge=not _empties(config, key, value))
     except (OmegaConfBaseException, yaml.YAMLError, IndexError, ValueError, TypeError) as error:
         raise ValueError(f"{change}: {_first_line(error)}") from None
+
+
+def _empties(config: Any, key: str, value: Any) -> bool:
+    """Whether {} is given for a setting of free keys, such as model.overrides: merging would leave it as it was."""
+    return value == {} and _is_free(OmegaConf.select(config, key))
+
+
+def _is_free(node: Any) -> bool:
+    return isinstance(node, DictConfig) and OmegaConf.get_type(node) is dict
+
+
+def _empty(config: Any, given: Mapping) -> None:
+    for key, value in given.items():
+        if _empties(config, key, value):
+            config[key] = {}
+        elif isinstance(value, Mapping) and not _is_free(config[key]):
+            _empty(config[key], value)
 
 
 def _first_line(error: Exception) -> str:
@@ -204,6 +224,10 @@ def _check_keys(given: Mapping, schema: type, prefix: str, where: str) -> None:
         if key not in types:
             raise _unknown(str(key), list(types), prefix, where)
         kind = types[key]
+        if get_origin(kind) is list and isinstance(value, Mapping):
+            raise ValueError(f"{where}: {prefix}{key} holds keys and values: a list is expected")
+        if (get_origin(kind) is dict or is_dataclass(kind)) and isinstance(value, list):
+            raise ValueError(f"{where}: {prefix}{key} holds a list: keys and values are expected")
         if is_dataclass(kind) and isinstance(value, Mapping):
             _check_keys(value, kind, f"{prefix}{key}.", where)
         elif get_origin(kind) is list and is_dataclass(get_args(kind)[0]) and isinstance(value, list):
@@ -275,8 +299,13 @@ def as_yaml(config: TrainConfig) -> str:
 
 
 def save_config(config: TrainConfig, path: Path) -> None:
-    """Write the resolved configuration as YAML."""
-    path.write_text(as_yaml(config), encoding="utf-8")
+    """Write the resolved configuration as YAML, whole or not at all: a run with half of it would be another one."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(as_yaml(config), encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def difference(old: Path, config: TrainConfig) -> str | None:

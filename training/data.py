@@ -19,7 +19,7 @@ from training.rows import Row
 from training.sources import SourceConfig, check_source
 from training.store import TokenStore, open_store
 from training.streams import LaneReader, TokenStream
-from training.tokenizer import check_vocabulary
+from training.tokenizer import check_begin, check_vocabulary
 from training.wording import NeedleConfig, merge_needles, variants
 
 GOLDEN = (5**0.5 - 1) / 2
@@ -151,6 +151,7 @@ class TrainingRows(Dataset):
         self.config, self.stages, self.seed, self.tokenizer = config, stages, seed, tokenizer
         self.names = [f"data.sources[{i}]" for i in range(len(config.sources))]
         check_data(config, stages)
+        check_begin(tokenizer, config.add_bos)
         if vocab_size is not None:
             check_vocabulary(tokenizer, vocab_size)
         # text for haystacks; filled below, once the settings of the needles are known to be right
@@ -271,6 +272,11 @@ class TrainingRows(Dataset):
         """The lane that a row takes streamed text from: each rank's part of a step has lanes of its own."""
         step_rows = self.stages[stage].step_rows
         return index % step_rows * self.lanes // step_rows
+
+    @property
+    def text(self) -> dict[str, list[int]]:
+        """Documents and tokens of each source in the cache: the rows depend on them."""
+        return {self.names[i]: [len(store), store.total] for i, store in self.stores.items()}
 
     def packed_sources(self, stage: int) -> list[int]:
         """Numbers of the sources that this stage reads from the cache."""

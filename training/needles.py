@@ -200,8 +200,7 @@ class NeedleMaker:
         if haystack == "needles":
             lines, room = self._more_needles(rng, c, room, used)
         else:
-            full, room = divmod(room, len(self.noise[-1])) if self.noise else (0, room)
-            lines = [self.noise[-1]] * full
+            lines, room = self._noise(room)
         fitting = [line for line in self.noise if len(line) <= room]
         if fitting:
             lines.append(fitting[-1])
@@ -211,21 +210,33 @@ class NeedleMaker:
             lines.insert(int(place) + shift, needles[which])
         return np.asarray([one for line in lines for one in line], dtype=np.int64)
 
+    def _noise(self, room: int) -> tuple[list[list[int]], int]:
+        if not self.noise:
+            return [], room
+        full, room = divmod(room, len(self.noise[-1]))
+        return [self.noise[-1]] * full, room
+
     def _more_needles(
         self, rng: np.random.Generator, c: NeedleConfig, room: int, used: set[str]
     ) -> tuple[list[list[int]], int]:
         lines: list[list[int]] = []
-        while True:
+        taken = 0  # draws in a row of keys that the document has already
+        while taken < 100:
             size = len(lines[0]) if lines else len(self.noise[-1]) if self.noise else 16
             facts = [(draw_key(rng, c), draw_value(rng, c)) for _ in range(room // size + 1)]
             for (key, _), line in zip(facts, self._encode_needles(c, facts, inline=False), strict=True):
                 if key in used:
+                    taken += 1
                     continue
                 if len(line) > room:
                     return lines, room
+                taken = 0
                 used.add(key)
                 lines.append(line)
                 room -= len(line)
+        # short numbers are soon all in use: the rest is noise
+        noise, room = self._noise(room)
+        return lines + noise, room
 
     def _text_body(self, rng: np.random.Generator, needles: list[list[int]], room: int) -> np.ndarray:
         text = self._text(rng, room)

@@ -126,7 +126,8 @@ class SavingTrainer(Trainer):
                 self.save_model(str(folder))
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                for file in sorted(folder.iterdir()):
+                # the weights last: where they are, a run is taken for finished
+                for file in sorted(folder.iterdir(), key=lambda file: file.suffix == ".safetensors"):
                     os.replace(file, output / file.name)
         except Exception as error:
             raise save_failed(error, output / "model.safetensors") from error

@@ -1,9 +1,10 @@
 """The parts that a run is put together from: model, tokenizer, arguments, and the state of its folder."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,16 @@ from training.config import TrainConfig, difference
 from training.data import Stage, plan_stages
 from training.sources import iter_documents
 from training.store import open_store
-from training.tokenizer import TokenizerConfig, check_tokenizer_config, load_tokenizer, train_tokenizer
+from training.tokenizer import (
+    TokenizerConfig,
+    check_begin,
+    check_tokenizer_config,
+    load_tokenizer,
+    train_tokenizer,
+)
 from training.wording import variants, wordings
+
+ORIGIN = "origin.json"  # in the folder of a trained tokenizer: the settings that it was made from
 
 
 def check_device(config: TrainConfig) -> None:
@@ -212,14 +221,18 @@ def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
 
 
 def make_tokenizer(config: TrainConfig, output: Path, save: bool) -> PreTrainedTokenizerBase:
-    """The run's tokenizer. A trained one is kept in the run's folder `tokenizer` and read from there later on.
+    """The run's tokenizer. A trained one is kept in the run's folder `tokenizer` and read from there later on, as
+    long as the settings that it was made from are the same.
 
     Raises: ValueError if it can't be loaded or trained.
     """
     if config.tokenizer.train_vocab_size is None:
         return load_tokenizer(config.tokenizer)
     kept = output / "tokenizer"
-    if not (kept / "tokenizer_config.json").is_file():
+    origin = json.dumps(_origin(config), indent=1)
+    # a run that never began leaves its tokenizer behind; one without an origin was kept by an older version
+    fits = not (kept / ORIGIN).is_file() or (kept / ORIGIN).read_text(encoding="utf-8") == origin
+    if not fits or not (kept / "tokenizer_config.json").is_file():
         trained = train_tokenizer(
             _in_turn(config),
             config.tokenizer.train_vocab_size,
@@ -233,8 +246,16 @@ def make_tokenizer(config: TrainConfig, output: Path, save: bool) -> PreTrainedT
         for old in (saving, kept):
             shutil.rmtree(old, ignore_errors=True)
         trained.save_pretrained(saving)
+        (saving / ORIGIN).write_text(origin, encoding="utf-8")
         os.rename(saving, kept)
     return load_tokenizer(TokenizerConfig(path=str(kept)))
+
+
+def _origin(config: TrainConfig) -> dict[str, Any]:
+    """The settings that decide a trained tokenizer."""
+    sources = [asdict(replace(source, weight=1.0, streaming=False)) for source in config.data.sources]
+    needles = {"needles": asdict(config.needles), "curriculum": [asdict(stage) for stage in config.curriculum]}
+    return {"tokenizer": asdict(config.tokenizer), "sources": sources, **needles, "seed": config.seed}
 
 
 def _in_turn(config: TrainConfig) -> Iterator[str]:
@@ -254,7 +275,11 @@ def tokenise(config: TrainConfig) -> dict[str, int]:
     Raises: ValueError for anything wrong with tokenizer or sources.
     """
     check_tokenizer_config(config.tokenizer)
-    tokenizer = make_tokenizer(config, Path(config.output).expanduser(), save=True)
+    output = Path(config.output).expanduser()
+    if config.tokenizer.train_vocab_size is not None:
+        resume_point(config, output)  # the folder of another run keeps its tokenizer
+    tokenizer = make_tokenizer(config, output, save=True)
+    check_begin(tokenizer, config.data.add_bos)
     flags = {"add_bos": config.data.add_bos, "add_eos": config.data.add_eos, "progress": config.log.progress}
     cache = Path(config.data.cache_dir)
     return {

@@ -158,7 +158,7 @@ def open_binary(file: Path) -> BinaryIO:
 
 
 def read_text(file: Path) -> Iterator[str]:
-    """The text of a UTF-8 file in pieces.
+    """The text of a UTF-8 file in pieces, without the byte order mark that it may begin with.
 
     Raises: ValueError naming file and byte offset (of the decompressed bytes) where it isn't UTF-8.
     """
@@ -176,6 +176,8 @@ def read_text(file: Path) -> Iterator[str]:
                         f"{file} is not UTF-8 text: byte {fed - pending + error.start} ({error.reason}); convert it, "
                         "for example with: iconv -f LATIN1 -t UTF-8"
                     ) from None
+                if fed == pending:  # the first character, which a chunk may have cut
+                    text = text.removeprefix("\ufeff")
                 fed += len(chunk)
                 if text:
                     yield text
@@ -212,7 +214,15 @@ def _jsonl_documents(file: Path, field: str, name: str) -> Iterator[str]:
             raise ValueError(
                 f"{file}, line {number} is no JSON ({error.msg}): one JSON object a line is expected"
             ) from None
-        yield _field(record, field, f"{file}, line {number}", name)
+        text = _field(record, field, f"{file}, line {number}", name)
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{file}, line {number}: {name}.text_field={field!r} holds {text[error.start]!r}, half a character, "
+                "which no tokenizer takes: remove it"
+            ) from None
+        yield text
 
 
 def _field(record: Any, field: str, where: str, name: str) -> str:
@@ -241,7 +251,14 @@ def _parquet_documents(file: Path, field: str, name: str) -> Iterator[str]:
             raise ValueError(
                 f"{name}.text_field={field!r} is missing in {file}: it has {', '.join(table.schema_arrow.names)}"
             )
-        for batch in table.iter_batches(batch_size=256, columns=[field]):
+        batches = table.iter_batches(batch_size=256, columns=[field])
+        while True:
+            try:
+                batch = next(batches, None)
+            except (pyarrow.ArrowException, OSError) as error:
+                raise ValueError(f"{file} is damaged ({error}): fetch it again") from None
+            if batch is None:
+                return
             for row in batch.to_pylist():
                 yield _field(row, field, str(file), name)
 

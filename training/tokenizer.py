@@ -117,3 +117,11 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Non
             f"the tokenizer has {len(tokenizer)} entries but the model's vocab_size is {vocab_size}: raise "
             "model.overrides.vocab_size or choose a smaller tokenizer"
         )
+
+
+def check_begin(tokenizer: PreTrainedTokenizerBase, add_bos: bool) -> None:
+    """Raises: ValueError if documents are to begin with a token that the tokenizer lacks."""
+    if add_bos and tokenizer.bos_token_id is None:
+        raise ValueError(
+            "data.add_bos=True, but the tokenizer has no bos_token: set one in its files, or leave add_bos off"
+        )

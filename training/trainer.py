@@ -235,15 +235,17 @@ class HybridTrainer(SavingTrainer):
             "sums": self.sums.tolist(),
             "step_logged": self.step_logged,
             "step_rows": [stage.step_rows for stage in self.rows.stages],
+            "text": self.rows.text,
         }
 
     def load_progress(self, folder: Path) -> None:
         """Take up the running sums and the places in streamed sources from a checkpoint of any number of ranks.
 
-        Raises: ValueError if the rows of a step, or the lanes of streamed sources, were others.
+        Raises: ValueError if the rows of a step, the lanes of streamed sources, or the text in the cache were others.
         """
         ranks = checkpoints.read_progress(folder)
         there, here = ranks[0] if ranks else {}, self.progress()
+        there = {"text": here["text"], **there}  # earlier versions didn't keep it
         if there.keys() != here.keys():
             raise ValueError(f"the checkpoint {folder} was written by another version of this program: start anew")
         if there["step_rows"] != here["step_rows"]:
@@ -258,6 +260,12 @@ class HybridTrainer(SavingTrainer):
             raise ValueError(
                 f"the checkpoint {folder} read its streams in {there['lanes']} lanes, now there are {here['lanes']}: "
                 "continue with as many ranks, or set data.lanes from the start"
+            )
+        if there["text"] != here["text"]:
+            raise ValueError(
+                f"the text has changed since the checkpoint {folder}, which would go on with other rows: there were "
+                f"{there['text']} (documents, tokens), now there are {here['text']}; bring the text back, or start a "
+                "new run from a saved model (model.weights)"
             )
         if self.args.process_index == 0:
             self.sums += torch.tensor([rank["sums"] for rank in ranks], dtype=torch.float64).sum(0).to(self.sums)

@@ -9,9 +9,9 @@ import xml.etree.ElementTree as xml
 import pytest
 
 from eval import compare_cli, figures
-from eval.compare import compare, join, markdown, read_run, table_csv
+from eval.compare import compare, join, markdown, read_run, read_samples, table_csv
 from eval.intervals import bootstrap, winner
-from eval.results import result, row, wilson, write_json
+from eval.results import SampleLog, result, row, wilson, write_json
 
 
 def accuracy(case, right, n=100, system="lalte"):
@@ -97,6 +97,32 @@ def test_accuracies_without_an_interval_get_one(tmp_path):
     (section,) = join([read_run(str(path))])
     assert section.systems == ["bare"]
     assert (section.rows[0]["low"], section.rows[0]["high"]) == pytest.approx(wilson(5, 10))
+
+
+def test_answers_with_line_separators_are_read(tmp_path):
+    with SampleLog(tmp_path / "samples" / "t.jsonl") as log:
+        for index, answer in enumerate(("a\u2028b", "a\x85b", "a\nb")):
+            log.append(
+                {"index": index, "task": "t", "length": 64, "depth_percent": 5.0, "score": 1.0, "said": answer}
+            )
+    assert [record["said"] for record in read_samples(tmp_path)["t"]] == ["a\u2028b", "a\x85b", "a\nb"]
+
+
+def test_runs_that_share_a_name_are_all_noted_and_drawn(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(figures, "heat_maps", lambda path, samples, **_: drawn.update(samples) or [])
+    runs = []
+    for name, length, seed in (("ours", 1024, 1), ("ours", 2048, 0), ("gdn", 1024, 0)):
+        folder = tmp_path / f"{name}-{length}"
+        runs.append(f"{name}={write_run(folder, [accuracy(f'niah_single_1 L{length}', 9)], seed=seed)}")
+        with SampleLog(folder / "samples" / "t.jsonl") as log:
+            log.append({"index": 0, "task": "niah_single_1", "length": length, "depth_percent": 5.0, "score": 1.0})
+    (section,) = compare(runs, tmp_path / "out")
+    assert section.warnings() == ["niah: the runs differ in their seed (ours: 1, ours: 0, gdn: 0)"]
+    assert {name: [sample["length"] for sample in own] for name, own in drawn.items()} == {
+        "ours": [1024, 2048],
+        "gdn": [1024],
+    }
 
 
 def test_figures_and_heat_maps_are_written(two, tmp_path):

@@ -229,10 +229,39 @@ def test_bad_data_is_named(tmp_path, tokenizer):
         build_squad(squad, lengths=[60], tokenizer=tokenizer)
     with pytest.raises(ValueError, match="form: 'cloze'"):
         build_squad(squad, form="cloze")
+    with pytest.raises(ValueError, match="samples: -1 is not a positive"):
+        build_squad(squad, samples=-1)
     write_jsonl(tmp_path / "pages.jsonl", [{"doc_id": "a", "text": "x"}])
     pairs = write_jsonl(tmp_path / "pairs.jsonl", [{"doc_id": "b", "key": "k", "value": "v"}])
     with pytest.raises(ValueError, match="names the page 'b'"):
         build_pairs(tmp_path / "pages.jsonl", pairs)
+    with pytest.raises(ValueError, match="samples: 0 is not a positive"):
+        build_pairs(tmp_path / "pages.jsonl", pairs, samples=0)
+
+
+def test_pages_are_named_with_or_without_their_suffix_and_null_is_no_value(tmp_path):
+    folder = tmp_path / "pages"
+    folder.mkdir()
+    for name in ("K1.v2", "K2"):
+        (folder / f"{name}.txt").write_text("Maker: Acme. Mode: none.")
+    table = {"K1.v2": {"Maker": "Acme"}, "reports/K2.txt": {"Maker": "Acme", "Mode": None}}
+    (tmp_path / "table.json").write_text(json.dumps(table))
+    pairs = [{"doc_id": name, "key": "Maker", "value": "Acme"} for name in ("K1.v2.txt", "K2")]
+    for source in (tmp_path / "table.json", write_jsonl(tmp_path / "pairs.jsonl", pairs)):
+        assert [(made.key, made.value) for made in build_pairs(folder, source)] == [("Maker", "Acme")] * 2
+    (tmp_path / "table.json").write_text('{"K3.v2": {"Maker": "Acme"}}')
+    with pytest.raises(ValueError, match=r"names the page 'K3\.v2'"):
+        build_pairs(folder, tmp_path / "table.json")
+
+
+def test_files_with_a_byte_order_mark_and_broken_ones(tmp_path):
+    record = json.dumps({"text": "t", "key": "k", "value": "v"})
+    (tmp_path / "marked.jsonl").write_text("\ufeff" + record, encoding="utf-8")
+    assert read_documents("fda", tmp_path / "marked.jsonl")[0] == [Document("t", "v", "k")]
+    whole = gzip.compress(record.encode(), mtime=0)
+    (tmp_path / "broken.jsonl.gz").write_bytes(whole[:10] + b"\x06" + whole[11:])  # an unknown kind of block
+    with pytest.raises(ValueError, match=r"broken\.jsonl\.gz: can't be read"):
+        read_documents("fda", tmp_path / "broken.jsonl.gz")
 
 
 def test_a_missing_hub_data_set_is_one_clear_error(monkeypatch):
@@ -336,6 +365,9 @@ def test_packed_data_choose_the_lengths(tmp_path, tokenizer):
     assert [text.count("ACME Press") for text in model.prompts] == [2]
     with pytest.raises(ValueError, match=r"packed to \[200, 400\], not to \[300\]"):
         evaporate.run_evaporate(model, tokenizer, "squad", tmp_path / "c", lengths=[300], **arguments)
+    mixed = write_jsonl(tmp_path / "mixed.jsonl", [*texts, {"text": "Some. Who?", "value": "ACME Press"}])
+    with pytest.raises(ValueError, match=r"some documents were packed to \[200, 400\] and others weren't"):
+        evaporate.run_evaporate(model, tokenizer, "squad", tmp_path / "d", **(arguments | {"data": mixed}))
 
 
 @pytest.mark.parametrize("family", ["llama", "lalte"])

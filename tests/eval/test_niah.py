@@ -222,6 +222,15 @@ def test_a_run_without_hope_ends(tokenizer, tmp_path):
         run(model, tokenizer, tmp_path, samples=20)
 
 
+def test_failed_samples_of_an_accepted_run_are_no_reason_to_end_the_next(tokenizer, tmp_path):
+    own = values(tokenizer, 700, samples=20)
+    bad = own[5:17]
+    run(Reader(tokenizer, failing=bad), tokenizer, tmp_path, samples=20, lengths=[700])
+    content = run(Reader(tokenizer, failing=bad[:10]), tokenizer, tmp_path, samples=20, lengths=[700])
+    assert content["cells"][0]["errors"] == 10
+    assert content["rows"][0]["n"] == 10
+
+
 def test_budget_and_policy_are_set_and_restored(tokenizer, tmp_path):
     model = Reader(tokenizer)
     run(model, tokenizer, tmp_path, budget=0, lengths=[700])
@@ -412,6 +421,7 @@ def test_the_shipped_config_is_the_default():
         ("sampels: 3", "unknown setting 'sampels'; did you mean samples"),
         ("colour: red", "known are model, out"),
         ("samples: many", "samples"),
+        ("lengths: {least: 512}", "config: lengths: .* has keys and values there; give a value or a list"),
         ("[1, 2]", "name: value"),
         ("a: [", "not YAML"),
         (None, "is not a file"),

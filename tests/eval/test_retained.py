@@ -88,6 +88,20 @@ def test_a_run_writes_its_folder_once(model, tokenizer, tmp_path):
         run_retained(model, tokenizer, *run, budget=1, progress=False)
 
 
+@pytest.mark.parametrize(
+    ("lengths", "budget", "message"),
+    [
+        ([100], None, "length: 100 tokens are too few"),
+        ([], None, "lengths: \\[\\]"),
+        ([1700], -1, "budget: -1 is negative"),
+    ],
+)
+def test_a_refused_run_leaves_the_folder_free(model, tokenizer, tmp_path, lengths, budget, message):
+    with pytest.raises(ValueError, match=message):
+        run_retained(model, tokenizer, ["single_1"], lengths, 1, 0, tmp_path, budget=budget, progress=False)
+    assert run_retained(model, tokenizer, ["single_1"], [1700], 1, 0, tmp_path, progress=False)["shares"]
+
+
 def test_a_model_needs_a_scorer(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="no retention scorer"):
         run_retained(make_model("gdn"), tokenizer, ["single_1"], [1700], 1, 0, tmp_path)

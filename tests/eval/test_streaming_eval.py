@@ -56,7 +56,7 @@ def test_files_are_one_text(tmp_path, monkeypatch):
     monkeypatch.setattr("eval.streaming.PIECE_CHARACTERS", 37)
     (tmp_path / "a.txt").write_text("one\ntwo two two two two two two two two two two two\nthree", encoding="utf-8")
     with gzip.open(tmp_path / "b.txt.gz", "wt", encoding="utf-8") as file:
-        file.write("vier \N{LATIN SMALL LETTER SHARP S}\n\x1e\nfünf")
+        file.write("\ufeffvier \N{LATIN SMALL LETTER SHARP S}\n\x1e\nfünf")  # a byte order mark is no text
     with lzma.open(tmp_path / "c.txt.xz", "wt") as file:
         file.write("six")
     found = list(text_pieces([tmp_path / "a.txt", tmp_path / "b.txt.gz", tmp_path / "c.txt.xz"]))
@@ -64,7 +64,9 @@ def test_files_are_one_text(tmp_path, monkeypatch):
     assert all(piece.endswith("\n") for piece in found)
     (tmp_path / "bad.txt").write_bytes(b"caf\xe9")
     (tmp_path / "bad.gz").write_bytes(b"no gzip")
-    for name in ("bad.txt", "bad.gz", "missing.txt"):
+    whole = gzip.compress(b"text " * 99, mtime=0)
+    (tmp_path / "broken.gz").write_bytes(whole[:10] + b"\x06" + whole[11:])  # an unknown kind of block
+    for name in ("bad.txt", "bad.gz", "broken.gz", "missing.txt"):
         with pytest.raises(ValueError, match=f"text: .*{name} can't be read"):
             list(text_pieces([tmp_path / name]))
 
@@ -234,6 +236,7 @@ def test_perplexity_refuses_what_it_cannot_do(book, tokenizer, tmp_path):
         ),
         (llama, [book], {"tokens": 0}, "tokens: 0 is not"),
         (llama, [book], {"tokens": 1}, "tokens: 1 leaves none to predict; use 2 or more"),
+        (llama, [book], {"limit": 1}, "limit: 1 leaves none to predict; use 2 or more"),
         (llama, [], {}, "text: no file given"),
         (llama, [tmp_path / "nothing.txt"], {}, "nothing.txt is not a file"),
         (llama, [tmp_path / "empty.txt"], {}, "fewer than two tokens"),

@@ -50,6 +50,9 @@ def test_questions_are_read_in_every_form(tmp_path):
         found, source = read_questions("arc_easy", tmp_path / name)
         assert found == QUESTIONS
         assert source.startswith(f"{name} {(tmp_path / name).stat().st_size} ")
+    odd = ours[0] | {"question": "Which\u2028one,\x85of these?"}
+    (tmp_path / "d.jsonl").write_text("\ufeff" + json.dumps(odd, ensure_ascii=False), encoding="utf-8")
+    assert read_questions("arc_easy", tmp_path / "d.jsonl")[0][0].text == odd["question"]
     for text, words in (
         ("[]", "holds no question"),
         ("[{}]", "entry 0 is no question"),
@@ -60,6 +63,10 @@ def test_questions_are_read_in_every_form(tmp_path):
         (tmp_path / "bad.jsonl").write_text(text)
         with pytest.raises(ValueError, match=words):
             read_questions("arc_easy", tmp_path / "bad.jsonl")
+    whole = gzip.compress(b"text " * 99, mtime=0)
+    (tmp_path / "broken.jsonl.gz").write_bytes(whole[:10] + b"\x06" + whole[11:])  # an unknown kind of block
+    with pytest.raises(ValueError, match=r"broken\.jsonl\.gz can't be read"):
+        read_questions("arc_easy", tmp_path / "broken.jsonl.gz")
     with pytest.raises(ValueError, match="is not a file"):
         read_questions("arc_easy", tmp_path / "none.jsonl")
     with pytest.raises(ValueError, match="task: 'arc'"):

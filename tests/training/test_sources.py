@@ -1,6 +1,7 @@
 """Reading text: every format and compression gives the same documents, and broken files are named."""
 
 import gzip
+import io
 import json
 import lzma
 
@@ -21,6 +22,10 @@ def read(**fields) -> list[str]:
 # gzip's header is whole, and then deflate begins with a kind of block that there isn't
 WHOLE = gzip.compress(b"text " * 99, mtime=0)
 UNKNOWN_BLOCK = WHOLE[:10] + b"\x06" + WHOLE[11:]
+# parquet's footer is whole, and the page of the text isn't
+PARQUET = io.BytesIO()
+pyarrow.parquet.write_table(pyarrow.table({"text": [f"text {n}" for n in range(99)]}), PARQUET)
+DAMAGED_PAGE = PARQUET.getvalue()[:4] + b"\xff" * 40 + PARQUET.getvalue()[44:]
 
 
 def write_zst(path, data: bytes) -> None:
@@ -43,6 +48,18 @@ def test_formats_agree(tmp_path, texts, kind, suffix, monkeypatch):
     write |= {".xz": lambda p, d: p.write_bytes(lzma.compress(d)), ".zst": write_zst}
     write[suffix](path, data)
     assert read(path=str(path), separator=SEPARATOR, text_field="body") == texts
+
+
+@pytest.mark.parametrize("chunk", [1, 1 << 20])
+def test_a_byte_order_mark_is_no_text(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(sources, "CHUNK_BYTES", chunk)
+    mark = "\ufeff"
+    for name, text in (("a.txt", f"Grüße {mark}!"), ("b.jsonl", '{"text": "Grüße \ufeff!"}\n')):
+        (tmp_path / name).write_text(mark + text, encoding="utf-8")
+        assert read(path=str(tmp_path / name)) == [f"Grüße {mark}!"]
+    (tmp_path / "a.txt").write_bytes((mark + "one").encode() + b"\xff")
+    with pytest.raises(ValueError, match=r"a\.txt is not UTF-8 text: byte 6 "):
+        read(path=str(tmp_path / "a.txt"))
 
 
 def test_parquet_folder_and_limits(tmp_path, texts):
@@ -92,7 +109,9 @@ def test_wrong_encoding_names_the_byte(tmp_path, monkeypatch):
         ("x.jsonl", b'{"text": "a"}\n{"text": ', {}, r"x\.jsonl, line 2 is no JSON"),
         ("x.jsonl", b'{"body": "a"}\n', {}, r"text_field='text' is missing in .*line 1: it has body"),
         ("x.jsonl", b'{"text": 3}\n', {}, r"text_field='text' holds int"),
+        ("x.jsonl", b'{"text": "a"}\n{"text": "\\ud83d"}\n', {}, r"line 2: .*text_field='text' holds '.\w+', half a"),
         ("x.parquet", b"PAR1 but no more", {}, r"x\.parquet is no readable parquet"),
+        ("x.parquet", DAMAGED_PAGE, {}, r"x\.parquet is damaged"),
         ("x.txt.gz", b"not compressed", {}, r"x\.txt\.gz is damaged"),
         ("x.txt.gz", UNKNOWN_BLOCK, {}, r"x\.txt\.gz is damaged"),
         ("x.txt.zst", b"not compressed", {}, r"x\.txt\.zst is damaged"),

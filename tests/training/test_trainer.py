@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
-from training import checkpoints, setup
+from training import checkpoints, saving, setup
 from training.checkpoints import CheckpointError
 from training.config import load_config, save_config
 from training.trainer import HybridTrainer, NonFiniteLoss, cosine, train
@@ -168,6 +168,22 @@ def test_sigkill_and_resume_give_the_same_run(folder):
     assert_same_run(folder / "killed", folder / "run")
 
 
+def test_a_kill_while_the_model_is_put_into_the_folder(folder, monkeypatch):
+    config = configured(folder, "steps=2")
+    replace_file = saving.os.replace
+
+    def killed(source, target):
+        if Path(target).name == "tokenizer.json" and Path(target).parent == folder / "run":
+            raise KeyboardInterrupt
+        replace_file(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saving.os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    assert len(AutoTokenizer.from_pretrained(train(config))) == 300
+
+
 def test_a_full_disk_keeps_the_checkpoint_before(folder, monkeypatch):
     save = HybridTrainer._save_checkpoint
 
@@ -281,6 +297,27 @@ def test_folder_of_another_run(folder):
     change = ["steps=4", f"output={folder}/new", f"resume={run}/checkpoint-4", "model.overrides.hidden_size=48"]
     with pytest.raises(ValueError, match=r"can't be continued: its weight .* has shape .*, the model's"):
         train(configured(folder, *change))
+
+
+def test_a_run_does_not_go_on_with_other_text(folder):
+    """Its rows would be dealt anew: some of the text would be read again, and some never."""
+    run = train(configured(folder, "steps=8"))
+    shutil.rmtree(run / "checkpoint-8")
+    text = (folder / "texts.txt").read_text()
+    (folder / "texts.txt").write_text(text + "\n<end>\nOne more.")
+    with pytest.raises(
+        ValueError, match=r"text has changed since .*checkpoint-4, .*were \{'data\.sources\[0\]': \[60, "
+    ):
+        train(configured(folder, "steps=8"))
+    (folder / "texts.txt").write_text(text)  # at another time, but the same
+    train(configured(folder, "steps=8"))
+    # a checkpoint of a version that didn't keep the size of the text
+    shutil.rmtree(run / "checkpoint-8")
+    progress = json.loads((run / "checkpoint-4" / "progress-0.json").read_text())
+    del progress["text"]
+    (run / "checkpoint-4" / "progress-0.json").write_text(json.dumps(progress))
+    checkpoints.seal(run / "checkpoint-4")
+    train(configured(folder, "steps=8"))
 
 
 def test_a_checkpoint_goes_on_in_another_folder_only_as_configured(folder):
@@ -445,6 +482,20 @@ def test_half_a_tokenizer_is_not_taken_for_a_whole_one(folder, monkeypatch):
     assert not (folder / "run" / "tokenizer").exists()
     assert len(setup.make_tokenizer(config, folder / "run", save=True)) == 280
     assert [path.name for path in (folder / "run").iterdir()] == ["tokenizer"]
+
+
+def test_a_tokenizer_of_other_settings_is_not_taken(folder):
+    """A run that is refused before its first step leaves its tokenizer behind."""
+    trained = "tokenizer={path: null, train_vocab_size: 400}"
+    with pytest.raises(ValueError, match=r"the tokenizer has 400 entries .* choose a smaller tokenizer"):
+        train(configured(folder, trained))
+    run = train(configured(folder, trained, "tokenizer.train_vocab_size=280", "steps=1"))
+    assert len(AutoTokenizer.from_pretrained(run)) == 280
+    kept = (run / "tokenizer" / "tokenizer_config.json").stat().st_mtime_ns
+    setup.make_tokenizer(configured(folder, trained, "tokenizer.train_vocab_size=280", "steps=2"), run, save=True)
+    assert (run / "tokenizer" / "tokenizer_config.json").stat().st_mtime_ns == kept
+    with pytest.raises(ValueError, match=r"holds a run with another configuration: .*train_vocab_size"):
+        setup.tokenise(configured(folder, trained, "steps=1"))
 
 
 def test_text_can_be_tokenised_before_a_run(folder, monkeypatch, capsys):

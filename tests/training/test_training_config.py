@@ -49,6 +49,9 @@ def test_resolved_file_gives_the_same_configuration(write, tmp_path):
         (BASE + "stepz: 3\n", [], r"run\.yaml: unknown key stepz; did you mean steps\?"),
         ("data: {sorces: []}\n", [], r"unknown key data\.sorces; did you mean data\.sources\?"),
         ("data: {sources: [{pth: x}]}\n", [], r"unknown key data\.sources\[0\]\.pth; did you mean .*path"),
+        ("data: {sources: {path: x}}\n", [], r"run\.yaml: data\.sources holds keys and values: a list is expected"),
+        ("model: {overrides: [1]}\n", [], r"run\.yaml: model\.overrides holds a list: keys and values are expected"),
+        ("curriculum: [{needles: [1]}]\n", [], r"run\.yaml: curriculum\[0\]\.needles holds a list"),
         ("curriculum: [{until: 3}]\n", [], r"unknown key curriculum\[0\]\.until"),
         (BASE + "steps: many\n", [], r"steps: .*many"),
         (BASE, ["optimizer.learn=3"], r"unknown key optimizer\.learn; did you mean optimizer\.lr|known here"),
@@ -74,6 +77,16 @@ def test_errors_name_the_key(write, text, changes, message):
         load_config(write(text), changes)
 
 
+def test_nothing_in_the_place_of_overrides(write, tmp_path):
+    base = "model: {config: m.json, overrides: {window: 3}}\noptimizer: {lr: 0.5}\n"
+    (tmp_path / "base.yaml").write_text(base)
+    assert load_config(write(base), ["model.overrides={}"]).model.overrides == {}
+    assert load_config(write(base), ["model.overrides={}", "model.overrides.sinks=1"]).model.overrides == {"sinks": 1}
+    config = load_config(write("extends: base.yaml\nmodel: {overrides: {}}\noptimizer: {}\n"))
+    assert config.model.overrides == {}
+    assert (config.model.config, config.optimizer.lr) == ("m.json", 0.5)
+
+
 def test_a_file_extends_another(write, tmp_path):
     (tmp_path / "base.yaml").write_text(BASE + "optimizer: {lr: 0.5, clip: 2}\ncurriculum: [{until_step: 3}]\n")
     (tmp_path / "middle.yaml").write_text("extends: base.yaml\noptimizer: {clip: 3}\nsteps: 8\n")
@@ -87,6 +100,12 @@ def test_a_file_extends_another(write, tmp_path):
     (tmp_path / "base.yaml").write_text("extends: middle.yaml\n")
     with pytest.raises(ValueError, match=r"extends='middle\.yaml' in .*base\.yaml: the files extend each other"):
         load_config(tmp_path / "middle.yaml")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "base.yaml").write_text("extends: ../middle.yaml\n")
+    (tmp_path / "middle.yaml").write_text("extends: other/base.yaml\n")
+    with pytest.raises(ValueError, match=r"extends='middle\.yaml' in .*base\.yaml: the files extend each other"):
+        load_config(tmp_path / "middle.yaml")
+    (tmp_path / "middle.yaml").write_text("extends: base.yaml\noptimizer: {clip: 3}\nsteps: 8\n")
     (tmp_path / "base.yaml").write_text("stepz: 2\n")
     with pytest.raises(ValueError, match=r"base\.yaml: unknown key stepz"):
         load_config(tmp_path / "middle.yaml")
@@ -137,6 +156,22 @@ def test_tokens_that_can_not_be_shared():
 def test_missing_file():
     with pytest.raises(ValueError, match=r"nowhere\.yaml is no file"):
         load_config("nowhere.yaml")
+
+
+def test_a_full_disk_leaves_the_saved_configuration(write, tmp_path, monkeypatch):
+    config, path = load_config(write(BASE)), tmp_path / "saved.yaml"
+    save_config(config, path)
+    whole, write_text = path.read_text(), Path.write_text
+
+    def full(self, text, **more):
+        write_text(self, text[:9], **more)
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="no space left"):
+        save_config(config, path)
+    assert path.read_text() == whole
+    assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []
 
 
 def test_difference_names_the_first_key_that_matters(write, tmp_path):

@@ -1,5 +1,6 @@
 """Packing, order, sharding over ranks, resuming of streams, and the curriculum's plan."""
 
+import copy
 import os
 import shutil
 import time
@@ -372,3 +373,11 @@ def test_vocabulary_check(tokenizer):
     check_vocabulary(tokenizer, len(tokenizer))
     with pytest.raises(ValueError, match=rf"has {len(tokenizer)} entries but the model's vocab_size is 299"):
         check_vocabulary(tokenizer, 299)
+
+
+def test_a_begin_token_that_the_tokenizer_lacks(tokenizer, text_file):
+    without = copy.deepcopy(tokenizer)
+    without.bos_token = None
+    with pytest.raises(ValueError, match=r"data\.add_bos=True, but the tokenizer has no bos_token"):
+        make_rows(without, text_file, add_bos=True)
+    make_rows(without, text_file)

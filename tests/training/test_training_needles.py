@@ -110,6 +110,23 @@ def test_lengths_fill_a_row(needle_tokenizer):
         assert (padding == needle_tokenizer.eos_token_id).all()
 
 
+def test_where_keys_run_out_the_rest_is_noise(needle_tokenizer):
+    made = maker(needle_tokenizer, row_length=1024, haystacks=["needles"], key_type="number", digits=1)
+    for index in range(3):
+        tokens, _ = documents(made.row(index))[0]
+        keys = re.findall(r"magic numbers for (\d) is: \d\.", needle_tokenizer.decode(tokens))
+        assert sorted(keys) == [str(key) for key in range(10)]
+        assert 1024 - len(tokens) < 80
+
+
+@pytest.mark.parametrize("haystack", ["noise", "needles"])
+def test_a_haystack_without_noise(needle_tokenizer, haystack):
+    made = maker(needle_tokenizer, haystacks=[haystack], noise="")
+    tokens, _ = documents(made.row(0))[0]
+    needles = needle_tokenizer.decode(tokens).count("One of the special magic numbers for")
+    assert needles > 1 if haystack == "needles" else needles == 1
+
+
 def test_own_wording(needle_tokenizer):
     made = maker(
         needle_tokenizer,
