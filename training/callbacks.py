@@ -38,6 +38,8 @@ class LogCallback(TrainerCallback):
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True  # the last interval may be a shorter one
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
 

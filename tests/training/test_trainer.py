@@ -85,6 +85,14 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_the_last_interval_of_a_log_may_be_a_shorter_one(folder):
+    every_step = history(train(configured(folder, f"output={folder}/fine", "steps=5")))
+    entries = history(train(configured(folder, f"output={folder}/coarse", "steps=5", "log.every=3")))
+    assert [entry["step"] for entry in entries] == [3, 5]
+    for entry, part in zip(entries, (every_step[:3], every_step[3:]), strict=True):
+        assert entry["loss"] == pytest.approx(sum(step["loss"] for step in part) / len(part), rel=1e-5)
+
+
 def test_a_run_leaves_a_loadable_model_and_its_history(folder, monkeypatch):
     loads = []
     load = torch.load
