@@ -160,29 +160,33 @@ class HybridCache(Cache):
             _refuse_another_rule(path, json.loads(metadata["rule"]), self.rule)
         if not {"columns", "rule"} <= metadata.keys() or self.tensors().keys() != loaded.keys():
             raise ValueError(f"{path} is not a session of this model: it holds other tensors; start a new one")
-        self._grow_to(loaded)
         own = self.tensors()
         for name, x in own.items():
-            if x.shape != loaded[name].shape or x.dtype != loaded[name].dtype:
+            fits = x.shape == loaded[name].shape or self._grows(name, x, loaded[name])
+            if not fits or x.dtype != loaded[name].dtype:
                 raise ValueError(
                     f"{path}: {name} is {tuple(loaded[name].shape)} {loaded[name].dtype}, this model's cache has "
                     f"{tuple(x.shape)} {x.dtype}; use the model, budget and dtype that wrote it"
                 )
-        for name, x in own.items():
+        self._grow_to(loaded)
+        for name, x in self.tensors().items():
             x.copy_(loaded[name])
         self.columns = int(metadata["columns"])
         return metadata
 
+    def _grows(self, name: str, x: Tensor, saved: Tensor) -> bool:
+        """Whether x grows with the text, [B, H, tokens, D], and differs from the saved tensor in tokens at most."""
+        if not self.states[int(name.split(".")[0])].bytes_per_token or x.ndim != 4 or saved.ndim != 4:
+            return False
+        return x[:, :, :0].shape == saved[:, :, :0].shape
+
     def _grow_to(self, loaded: dict[str, Tensor]) -> None:
-        """Give the layers that grow with the text, [B, H, tokens, D], as many tokens as the saved ones have."""
+        """Give the tensors that grow as many tokens as the saved ones have."""
         for name, x in self.tensors().items():
             layer, *path, last = name.split(".")
-            saved = loaded[name]
-            if not self.states[int(layer)].bytes_per_token or x.ndim != 4 or saved.ndim != 4:
-                continue
-            if x.shape != saved.shape and x[:, :, :0].shape == saved[:, :, :0].shape:
+            if x.shape != loaded[name].shape:
                 owner = reduce(getattr, path, self.states[int(layer)])
-                setattr(owner, last, x.new_zeros(saved.shape))
+                setattr(owner, last, x.new_zeros(loaded[name].shape))
 
 
 def _refuse_another_rule(path: Path | str, saved: dict[str, str], own: dict[str, str]) -> None:

@@ -162,6 +162,22 @@ def test_files_that_are_refused(tmp_path):
 
 
 @torch.no_grad()
+def test_a_refused_file_leaves_a_growing_cache_as_it_was(tmp_path):
+    """What doesn't fit is found before memory is taken for longer texts."""
+    longer = make_model("gdn-full").bfloat16()
+    saved = longer.new_cache()
+    run_in_pieces(longer, make_ids(1, 290), [290], saved)
+    saved.save(tmp_path / "session")
+    cache = make_model("gdn-full").new_cache()
+    run_in_pieces(make_model("gdn-full"), make_ids(1, 30), [30], cache)
+    before = {name: x.clone() for name, x in cache.tensors().items()}
+    with pytest.raises(ValueError, match=r"0.conv_BCL is .* torch.bfloat16, this model's cache has .* torch.float32"):
+        cache.load(tmp_path / "session")
+    for name, x in cache.tensors().items():
+        assert torch.equal(x, before[name]), name
+
+
+@torch.no_grad()
 def test_a_file_names_its_policy(tmp_path):
     """Caches of two policies can hold the same tensors; only the record tells them apart."""
     model, file = make_model(), tmp_path / "session"
