@@ -108,6 +108,18 @@ class HybridCache(Cache):
         """Raises ValueError: what was evicted can't be brought back."""
         raise ValueError("a HybridCache can't be cropped: evicted tokens are gone; use a copy made earlier")
 
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Raises ValueError: the number of rows is fixed."""
+        raise ValueError("the rows of a HybridCache are fixed; make another one with model.new_cache(rows)")
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Raises ValueError: the number of rows is fixed."""
+        raise ValueError("the rows of a HybridCache are fixed; make another one with model.new_cache(rows)")
+
+    def update(self, *args, **kwargs):
+        """Raises ValueError: another kind of model calls it."""
+        raise ValueError("past_key_values: a HybridCache holds no keys of this model; use the model that made it")
+
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name, for saving."""
         found: dict[str, Tensor] = {}

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from models import HybridCache
 from tests.tiny_models import VARIANTS, assert_close, make_ids, make_model, make_variant, run_in_pieces
@@ -239,3 +240,16 @@ def test_interface_of_transformers():
     assert "4 layers, batch 2, 0 columns" in repr(cache)
     with pytest.raises(ValueError, match="can't be cropped"):
         cache.crop(3)
+
+
+def test_what_other_caches_do_is_refused():
+    """The base class would do it to a list of layers that is empty here: nothing, or an IndexError."""
+    cache = make_model().new_cache(2)
+    with pytest.raises(ValueError, match=r"rows of a HybridCache are fixed; make another one with model.new_cache"):
+        cache.batch_repeat_interleave(3)
+    with pytest.raises(ValueError, match=r"rows of a HybridCache are fixed; make another one with model.new_cache"):
+        cache.batch_select_indices(torch.tensor([1]))
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    other = LlamaForCausalLM(LlamaConfig(vocab_size=61, **sizes)).eval()
+    with pytest.raises(ValueError, match="past_key_values: a HybridCache holds no keys of this model"):
+        other(make_ids(2, 3), past_key_values=cache)
