@@ -68,6 +68,17 @@ class HybridCache(Cache):
             f"HybridCache({len(self.states)} layers, batch {self.batch}, {self.columns} columns, {self.nbytes} bytes)"
         )
 
+    def check(self, batch: int, layers: int) -> None:
+        """Raises ValueError: it was made for other rows, or for a model with other layers."""
+        if self.batch != batch:
+            raise ValueError(
+                f"past_key_values has {self.batch} rows, the input {batch}; allocate a cache of that size"
+            )
+        if len(self.states) != layers:
+            raise ValueError(
+                f"past_key_values has {len(self.states)} layers, the model {layers}; use the cache of this model"
+            )
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns seen so far: `generate` takes what follows them in its input as new."""
         return self.columns

@@ -144,11 +144,7 @@ class HybridModel(HybridPreTrainedModel):
         if past_key_values is not None:
             if cu_seqlens is not None:
                 raise ValueError("cu_seqlens packs whole documents: use it without past_key_values")
-            if past_key_values.batch != batch:
-                raise ValueError(
-                    f"past_key_values has {past_key_values.batch} rows, the input {batch}; allocate a cache of "
-                    "that size"
-                )
+            past_key_values.check(batch, len(self.layers))
             hidden, states = self._cached(
                 tokens, attention_mask, past_key_values, last_columns, bool(output_hidden_states)
             )

@@ -249,6 +249,10 @@ def test_arguments_that_do_not_fit():
         model(ids[:, :0])
     with pytest.raises(ValueError, match=r"past_key_values has 3 rows, the input 2"):
         model(ids, past_key_values=model.new_cache(3))
+    for layers in (2, 6):
+        other = make_model(layer_types=["gated_deltanet", "attention"] * (layers // 2)).new_cache(2)
+        with pytest.raises(ValueError, match=f"past_key_values has {layers} layers, the model 4"):
+            model(ids, past_key_values=other)
     with pytest.raises(ValueError, match=r"past_key_values is a DynamicCache, .* use model\.new_cache\(batch\)"):
         model(ids, past_key_values=DynamicCache(), attention_mask=torch.ones_like(ids))
     with pytest.raises(ValueError, match="output_attentions=True: attention weights are never formed"):
