@@ -386,10 +386,12 @@ class HybridForCausalLM(RetentionControls, HybridPreTrainedModel, GenerationMixi
 
         return generate(self, super()._sample, input_ids, *args, **kwargs)
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, is_first_iteration: bool | None = False, **kwargs):
+    def prepare_inputs_for_generation(self, input_ids: Tensor, next_sequence_length: int | None = None, **kwargs):
         """As in transformers; after the prompt nothing is padding, so a decoding step needs no mask."""
-        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        inputs = super().prepare_inputs_for_generation(input_ids, next_sequence_length, **kwargs)
         inputs.pop("position_ids", None)
-        if not is_first_iteration and inputs.get("past_key_values") is not None:
+        # pieces of a prompt (prefill_chunk_size), which may be padded, come without their length
+        is_step = next_sequence_length is not None and not kwargs.get("is_first_iteration")
+        if is_step and inputs.get("past_key_values") is not None:
             inputs.pop("attention_mask", None)
         return inputs
