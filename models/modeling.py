@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.generation import GenerationMode
+from transformers.utils import can_return_tuple
 
 from lte.layout import check_cu_seqlens
 from lte.scorer import RetentionScorer
@@ -99,6 +100,7 @@ class HybridModel(HybridPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -127,6 +129,7 @@ class HybridModel(HybridPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
+        with_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         batch, length = tokens.shape[:2]
         if not length:
@@ -145,9 +148,7 @@ class HybridModel(HybridPreTrainedModel):
             if cu_seqlens is not None:
                 raise ValueError("cu_seqlens packs whole documents: use it without past_key_values")
             past_key_values.check(batch, len(self.layers))
-            hidden, states = self._cached(
-                tokens, attention_mask, past_key_values, last_columns, bool(output_hidden_states)
-            )
+            hidden, states = self._cached(tokens, attention_mask, past_key_values, last_columns, with_states)
             return HybridModelOutput(last_hidden_state=hidden, past_key_values=past_key_values, hidden_states=states)
         if cu_seqlens is not None:
             check_cu_seqlens(cu_seqlens, batch, length)
@@ -160,7 +161,7 @@ class HybridModel(HybridPreTrainedModel):
         if self.sink_token is not None:
             x_BTC, cu_seqlens, without = prepend(self.sink_token, x_BTC, cu_seqlens)
             restore = without if restore is None else compose(restore, without)
-        hidden, retention, states = self._run(x_BTC, cu_seqlens, None, None, keep_all, bool(output_hidden_states))
+        hidden, retention, states = self._run(x_BTC, cu_seqlens, None, None, keep_all, with_states)
         if restore is not None:
             hidden, states = restore(hidden), states and tuple(restore(x) for x in states)
         if last_columns:
@@ -266,6 +267,7 @@ class HybridForCausalLM(RetentionControls, HybridPreTrainedModel, GenerationMixi
         self.penalty_control = build_penalty_control(config)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -278,7 +280,6 @@ class HybridForCausalLM(RetentionControls, HybridPreTrainedModel, GenerationMixi
         output_hidden_states: bool | None = None,
         logits_to_keep: int = 0,
         num_items_in_batch: Tensor | int | None = None,
-        return_dict: bool | None = None,
         **others: object,
     ) -> HybridOutput | tuple:
         """Logits and, with labels, the loss.
@@ -293,7 +294,7 @@ class HybridForCausalLM(RetentionControls, HybridPreTrainedModel, GenerationMixi
                 (gradient accumulation); None: those of this call.
             others: cu_seq_lens_q or position_ids, as DataCollatorWithFlattening gives them, bound packed documents.
         """
-        if others.get("output_attentions"):
+        if others.get("output_attentions", self.config.output_attentions):
             raise ValueError("output_attentions=True: attention weights are never formed; leave it out")
         if cu_seqlens is None and past_key_values is None:
             cu_seqlens = document_bounds(others, attention_mask)
@@ -307,6 +308,7 @@ class HybridForCausalLM(RetentionControls, HybridPreTrainedModel, GenerationMixi
             output_hidden_states=output_hidden_states,
             last_columns=logits_to_keep if labels is None else 0,
             keep_all=self._keeps_all(),
+            return_dict=True,
         )
         hidden = outputs.last_hidden_state
         fused_loss = self.training and labels is not None and hidden.is_cuda
@@ -324,7 +326,7 @@ class HybridForCausalLM(RetentionControls, HybridPreTrainedModel, GenerationMixi
             if penalty is not None and self.training:
                 # a micro-batch carries its share of the step's penalty
                 loss = loss + penalty * share
-        output = HybridOutput(
+        return HybridOutput(
             loss=loss,
             lm_loss=lm_loss,
             aux_loss=penalty,
@@ -333,7 +335,6 @@ class HybridForCausalLM(RetentionControls, HybridPreTrainedModel, GenerationMixi
             hidden_states=outputs.hidden_states,
             retention=outputs.retention or None,
         )
-        return output if return_dict is not False else output.to_tuple()
 
     def parameter_groups(self, weight_decay: float, lr: float) -> list[dict]:
         """Optimizer groups: no decay for norms, biases, A_log, dt_bias; the scorer's rate is scaled."""

@@ -190,6 +190,26 @@ def test_hidden_states():
         assert_close(b[1, -9:], a[1, -9:])
 
 
+@pytest.mark.parametrize("use_cache", [False, True])
+@torch.no_grad()
+def test_the_config_says_what_is_returned(use_cache):
+    """As in transformers: what a call doesn't say is taken from the config."""
+    model, ids = make_model(), make_ids(1, 9)
+    model.config.output_hidden_states = True
+    for part in (model, model.model):
+        assert len(part(ids, use_cache=use_cache).hidden_states) == model.config.num_hidden_layers + 1
+        assert part(ids, use_cache=use_cache, output_hidden_states=False).hidden_states is None
+    model.config.output_hidden_states = False
+    model.config.return_dict = False
+    for part in (model, model.model):
+        expected = part(ids, use_cache=use_cache, return_dict=True)[0]
+        assert torch.equal(part(ids, use_cache=use_cache)[0], expected)
+        assert isinstance(part(ids, use_cache=use_cache), tuple)
+    model.config.return_dict, model.config.output_attentions = True, True
+    with pytest.raises(ValueError, match="output_attentions=True: attention weights are never formed"):
+        model(ids)
+
+
 # ---- documents ----
 
 
