@@ -177,7 +177,7 @@ class HybridModel(HybridPreTrainedModel):
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         """The prompt in chunks, so that memory beyond the result doesn't grow with it."""
         length, chunk = tokens.shape[1], self.prefill_chunk(len(tokens))
-        first_column = max(0, length - last_columns) if last_columns else 0
+        first_column = max(0, length - last_columns) if last_columns and not with_states else 0
         hiddens, all_states = [], []
         for start in range(0, length, chunk):
             piece = self._embed(tokens[:, start : start + chunk])
@@ -197,7 +197,8 @@ class HybridModel(HybridPreTrainedModel):
                 hiddens.append(restore(hidden[:, -columns:])[:, skip:])
                 all_states.append([restore(x[:, -columns:])[:, skip:] for x in states or ()])
         states = tuple(torch.cat(x, 1) for x in zip(*all_states, strict=True)) if with_states else None
-        return hiddens[0] if len(hiddens) == 1 else torch.cat(hiddens, 1), states
+        hidden = hiddens[0] if len(hiddens) == 1 else torch.cat(hiddens, 1)
+        return hidden[:, -last_columns:], states
 
     def prefill_chunk(self, batch: int) -> int:
         """Tokens of a prompt that each of `batch` rows takes at once (`config.prefill_chunk`)."""

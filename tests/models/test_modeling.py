@@ -184,10 +184,13 @@ def test_hidden_states():
     ids, mask = left_padded([make_ids(1, 50), make_ids(1, 9)])
     parallel = model(ids, mask, output_hidden_states=True).hidden_states
     cached = model(ids, mask, output_hidden_states=True, use_cache=True).hidden_states
+    last = model(ids, mask, output_hidden_states=True, use_cache=True, logits_to_keep=3)
     assert len(parallel) == len(cached) == model.config.num_hidden_layers + 1
-    for a, b in zip(parallel, cached, strict=True):
+    for a, b, c in zip(parallel, cached, last.hidden_states, strict=True):
         assert_close(b[0], a[0])
         assert_close(b[1, -9:], a[1, -9:])
+        assert torch.equal(c, b), "of all columns, however many have logits"
+    assert_close(last.logits, model(ids, mask).logits[:, -3:])
 
 
 @pytest.mark.parametrize("use_cache", [False, True])
