@@ -394,6 +394,19 @@ def test_checkpointing_that_would_lose_the_penalty_is_refused():
     make_model("gdn").gradient_checkpointing_enable({"use_reentrant": True})
 
 
+def test_checkpointing_that_would_read_twice_is_refused():
+    """A layer's second pass would find its own tokens in the cache; without a second pass there is no harm."""
+    model, ids = make_model().train(), make_ids(2, 9)
+    model.gradient_checkpointing_enable()
+    for given in ({"use_cache": True}, {"past_key_values": model.new_cache(2)}):
+        with pytest.raises(ValueError, match="use_cache=True or past_key_values: gradient checkpointing"):
+            model(ids, labels=ids, **given)
+    with torch.no_grad():
+        expected = model(ids, use_cache=True).logits
+    model.gradient_checkpointing_disable()
+    assert torch.equal(model(ids, use_cache=True).logits, expected)
+
+
 @pytest.mark.parametrize("bounds", [[0, 0, 3, 6], [0, 3, 3, 6], [0, 3, 6, 6]])
 def test_empty_documents_lose_no_target(bounds):
     targets = shift_labels(torch.arange(1, 7)[None], None, torch.tensor(bounds))
