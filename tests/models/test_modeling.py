@@ -458,8 +458,19 @@ def test_flattened_documents_do_not_see_each_other(names):
     assert_close(output.loss[None], expected.loss[None])
     alone = model(batch["input_ids"][:, :7], position_ids=torch.arange(7)[None])
     assert_close(alone.logits, expected.logits[:, :7])
-    with pytest.raises(ValueError, match=r"position_ids \(2, 4\) start anew within rows: pack"):
-        model(make_ids(2, 4), position_ids=torch.tensor([[0, 1, 0, 1], [0, 1, 2, 3]]))
+    for begun in ([0, 1, 0, 1], [5, 6, 0, 1]):
+        with pytest.raises(ValueError, match=r"position_ids \(2, 4\) start anew within rows: pack"):
+            model(make_ids(2, 4), position_ids=torch.tensor([begun, [0, 1, 2, 3]]))
+
+
+@pytest.mark.parametrize("lengths", [(7, 13), (7, 1, 12)])
+def test_a_flattened_row_may_begin_within_a_document(lengths):
+    """As when a long row of documents is cut into rows of one length."""
+    model, ids = make_model(), make_ids(1, 20)
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    positions[:, : lengths[0]] += 30
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    assert_close(model(ids, position_ids=positions).logits, model(ids, cu_seqlens=bounds).logits)
 
 
 def test_a_scorer_of_zero_output_starts_from_keeping_everything():
