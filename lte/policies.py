@@ -214,6 +214,7 @@ def observed_attention(
         [B, T, N, D]; arbitrary where padding.
     """
     outputs = []
+    k, v = k.detach(), v.detach()  # a cache remembers numbers, not how they were made
     for t in range(q.shape[1]):
         token = slice(t, t + 1)
         real_B = None if lengths is None else lengths > t

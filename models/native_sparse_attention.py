@@ -89,6 +89,11 @@ class NativeSparseState:
         for x in (self.k, self.v, self.pooled_k, self.pooled_v, self.seen):
             x.copy_(x.index_select(0, index.to(x.device)))
 
+    def detach(self) -> None:
+        """Keep the numbers and forget how they were made, as gradients end at what a cache holds."""
+        self.k, self.v = self.k.detach(), self.v.detach()
+        self.pooled_k, self.pooled_v = self.pooled_k.detach(), self.pooled_v.detach()
+
     def append(self, k_BTHD: Tensor, v_BTHD: Tensor, lengths_B: Tensor | None = None) -> Tensor:
         """Take in T new tokens, finite also where padding.
 
@@ -233,6 +238,7 @@ class NativeSparseAttention(Mixer):
             block_size=self.block_size,
             selected_blocks=self.selected_blocks,
         )
+        state.detach()
         return blocks, near
 
     def _cached_window(self, q: Tensor, index_BT: Tensor, state: NativeSparseState) -> Tensor:

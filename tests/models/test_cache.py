@@ -35,6 +35,32 @@ def test_memory_is_constant_and_in_place(variant):
     assert cache.nbytes == size == sum(x.nbytes for x in cache.tensors().values())
 
 
+NSA = {"nsa_num_heads": 4, "nsa_num_key_value_heads": 2, "nsa_head_dim": 6, "nsa_block_size": 4, "nsa_window": 9}
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, "h2o", "key_norm", "nsa"])
+def test_no_graph_is_kept_where_gradients_are_on(variant):
+    """Else its memory would grow with every token, and the cache couldn't be copied."""
+    if variant in VARIANTS:
+        model = make_variant(variant)
+    elif variant == "nsa":
+        model = make_model("gdn", layer_types=["gated_deltanet", "nsa"], **NSA)
+    else:
+        model = make_model(retention=variant)
+    ids = make_ids(2, 40)
+    caches = [model.new_cache(2) for _ in range(2)]
+    for sizes in ([1, 1, 20], [18]):
+        for piece in ids[:, : sum(sizes)].split(sizes, 1):
+            output = model(piece, past_key_values=caches[0])
+            if variant != "h2o":  # queries read one after the other what is written in place
+                output.logits.square().sum().backward()
+        assert not any(x.requires_grad for x in caches[0].tensors().values())
+        with torch.no_grad():
+            expected = run_in_pieces(model, ids[:, : sum(sizes)], sizes, caches[1])
+        assert_close(output.logits.detach(), expected[:, -sizes[-1] :])
+        caches = [copy.deepcopy(cache) for cache in caches]
+
+
 @torch.no_grad()
 def test_generate_takes_the_same_memory_for_one_token_and_for_50_thousand():
     """The prompt is read in chunks; the cache and the allocations of a chunk don't grow with it."""
