@@ -352,8 +352,9 @@ class GrowingCache:
         if longest >= self.k.shape[2]:
             # the last slot takes what is padding
             extra = max(self.k.shape[2], longest + 1 - self.k.shape[2])
-            self.k = torch.cat([self.k, self.k.new_zeros(batch, heads, extra, dim)], 2)
-            self.v = torch.cat([self.v, self.v.new_zeros(batch, heads, extra, dim)], 2)
+            with torch.inference_mode(False):  # else later calls outside of that mode couldn't write
+                self.k = torch.cat([self.k, self.k.new_zeros(batch, heads, extra, dim)], 2)
+                self.v = torch.cat([self.v, self.v.new_zeros(batch, heads, extra, dim)], 2)
         index_T = torch.arange(length, device=device)
         real_BT = index_T < (length if lengths is None else lengths.to(device)[:, None])
         real_BT = real_BT.expand(batch, length)

@@ -44,7 +44,8 @@ class HybridCache(Cache):
     def allocate(cls, model: HybridModel, batch: int) -> HybridCache:
         """An empty cache for `batch` rows, in the model's dtype and on its device."""
         weight = model.embed_tokens.weight
-        states = [layer.mixer.allocate_state(batch, weight.dtype, weight.device) for layer in model.layers]
+        with torch.inference_mode(False):  # else later calls outside of that mode couldn't write
+            states = [layer.mixer.allocate_state(batch, weight.dtype, weight.device) for layer in model.layers]
         return cls(states, batch)
 
     @property
@@ -203,6 +204,7 @@ class HybridCache(Cache):
             return False
         return x[:, :, :0].shape == saved[:, :, :0].shape
 
+    @torch.inference_mode(False)
     def _grow_to(self, loaded: dict[str, Tensor]) -> None:
         """Give the tensors that grow as many tokens as the saved ones have."""
         for name, x in self.tensors().items():

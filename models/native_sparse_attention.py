@@ -127,8 +127,9 @@ class NativeSparseState:
         if needed <= blocks:
             return
         extra = max(needed - blocks, blocks)
-        self.k, self.v = (F.pad(x, (0, 0, 0, extra * block_size)) for x in (self.k, self.v))
-        self.pooled_k, self.pooled_v = (F.pad(x, (0, 0, 0, extra)) for x in (self.pooled_k, self.pooled_v))
+        with torch.inference_mode(False):  # else later calls outside of that mode couldn't write
+            self.k, self.v = (F.pad(x, (0, 0, 0, extra * block_size)) for x in (self.k, self.v))
+            self.pooled_k, self.pooled_v = (F.pad(x, (0, 0, 0, extra)) for x in (self.pooled_k, self.pooled_v))
 
     def _pool(self, length: int) -> None:
         """Means of all blocks that `length` new tokens can have touched."""

@@ -38,16 +38,19 @@ def test_memory_is_constant_and_in_place(variant):
 NSA = {"nsa_num_heads": 4, "nsa_num_key_value_heads": 2, "nsa_head_dim": 6, "nsa_block_size": 4, "nsa_window": 9}
 
 
+def make_for(variant):
+    """One of VARIANTS, an eviction policy, or native sparse attention."""
+    if variant in VARIANTS:
+        return make_variant(variant)
+    if variant == "nsa":
+        return make_model("gdn", layer_types=["gated_deltanet", "nsa"], **NSA)
+    return make_model(retention=variant)
+
+
 @pytest.mark.parametrize("variant", [*VARIANTS, "h2o", "key_norm", "nsa"])
 def test_no_graph_is_kept_where_gradients_are_on(variant):
     """Else its memory would grow with every token, and the cache couldn't be copied."""
-    if variant in VARIANTS:
-        model = make_variant(variant)
-    elif variant == "nsa":
-        model = make_model("gdn", layer_types=["gated_deltanet", "nsa"], **NSA)
-    else:
-        model = make_model(retention=variant)
-    ids = make_ids(2, 40)
+    model, ids = make_for(variant), make_ids(2, 40)
     caches = [model.new_cache(2) for _ in range(2)]
     for sizes in ([1, 1, 20], [18]):
         for piece in ids[:, : sum(sizes)].split(sizes, 1):
@@ -59,6 +62,28 @@ def test_no_graph_is_kept_where_gradients_are_on(variant):
             expected = run_in_pieces(model, ids[:, : sum(sizes)], sizes, caches[1])
         assert_close(output.logits.detach(), expected[:, -sizes[-1] :])
         caches = [copy.deepcopy(cache) for cache in caches]
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, "h2o", "key_norm", "nsa"])
+@torch.no_grad()
+def test_inference_mode_and_others_mix(variant, tmp_path):
+    """A cache made, filled, grown and loaded in inference mode goes on outside, and the other way round."""
+    model, ids = make_for(variant), make_ids(1, 330)
+    expected = model(ids).logits[:, -20:]
+    sizes = [280, 1, 29, 20]  # beyond a growing cache's first memory
+    for inside in (False, True):
+        with torch.inference_mode(inside):
+            cache, loaded = model.new_cache(), model.new_cache()
+        for piece in ids.split(sizes, 1):
+            with torch.inference_mode(inside):
+                logits = model(piece, past_key_values=cache).logits
+                if piece.shape[1] == 29:
+                    cache.save(tmp_path / "session")
+                    loaded.load(tmp_path / "session")
+            inside = not inside
+        assert_close(logits, expected)
+        assert_close(model(ids[:, -20:], past_key_values=loaded).logits, expected)
+        cache.reset()
 
 
 @torch.no_grad()
