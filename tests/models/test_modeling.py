@@ -259,6 +259,16 @@ def test_loss_ignores_padding_and_labels():
     assert_close(model(ids, mask, labels=labels).loss[None], (expected / (4 + 32 - 10))[None])
 
 
+@pytest.mark.parametrize("items", [None, 0, torch.tensor(0)])
+def test_a_step_that_predicts_nothing_has_no_loss(items):
+    """All labels of an optimizer step masked: the weights stay finite."""
+    model, ids = make_model().train(), make_ids(2, 30)
+    output = model(ids, labels=torch.full_like(ids, IGNORE), num_items_in_batch=items)
+    output.loss.backward()
+    assert output.lm_loss == 0
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
 # ---- arguments ----
 
 
