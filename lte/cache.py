@@ -114,8 +114,10 @@ class RetainedCache:
             lengths: [B] real tokens of each row, at its left; None: all T.
 
         Returns:
-            A span of S + T keys, or, for one token without `lengths`, of the S slots themselves.
+            A span of S + T keys, or, for one token without `lengths`, of the S slots themselves. Gradients reach the
+            new tokens through it; the slots remember numbers, not how they were made.
         """
+        logits = None if logits is None else logits.detach()
         if k.shape[1] == 1 and lengths is None:
             if self.k.dtype in KERNEL_DTYPES and self.k.is_cuda:
                 from lte.kernels.cache_step import cache_step
@@ -125,7 +127,9 @@ class RetainedCache:
             else:
                 self.step(k.transpose(1, 2), v.transpose(1, 2), logits)
             end_BSH = torch.where(self.positions >= 0, NEVER, 0).transpose(1, 2)
-            return Span(self.k.transpose(1, 2), self.v.transpose(1, 2), end_BSH.int(), self.positions.transpose(1, 2))
+            slots = (x.transpose(1, 2) for x in (self.k, self.v))
+            self.k, self.v = self.k.detach(), self.v.detach()
+            return Span(*slots, end_BSH.int(), self.positions.transpose(1, 2))
         if self.k.is_cuda:
             from lte.kernels.evictions import MAX_BUDGET
 
@@ -248,6 +252,7 @@ class RetainedCache:
         ring = self.sinks + self.budget + position_BT.clamp(min=0) % self.window
         return torch.where(position_BT >= seen_B1, self.slots + position_BT - seen_B1, ring)
 
+    @torch.no_grad()
     def _commit(
         self,
         k: Tensor,
@@ -347,8 +352,9 @@ class GrowingCache:
         if longest >= self.k.shape[2]:
             # the last slot takes what is padding
             extra = max(self.k.shape[2], longest + 1 - self.k.shape[2])
-            self.k = torch.cat([self.k, self.k.new_zeros(batch, heads, extra, dim)], 2)
-            self.v = torch.cat([self.v, self.v.new_zeros(batch, heads, extra, dim)], 2)
+            with torch.inference_mode(False):  # else later calls outside of that mode couldn't write
+                self.k = torch.cat([self.k, self.k.new_zeros(batch, heads, extra, dim)], 2)
+                self.v = torch.cat([self.v, self.v.new_zeros(batch, heads, extra, dim)], 2)
         index_T = torch.arange(length, device=device)
         real_BT = index_T < (length if lengths is None else lengths.to(device)[:, None])
         real_BT = real_BT.expand(batch, length)
@@ -362,6 +368,7 @@ class GrowingCache:
                 self.k[:, :, :longest].transpose(1, 2),
                 self.v[:, :, :longest].transpose(1, 2),
             )
+            self.k, self.v = self.k.detach(), self.v.detach()
             place = torch.arange(longest, device=device)
             positions_BK = torch.where(place <= self.seen[:, None], place, -1)
         else:
@@ -369,8 +376,8 @@ class GrowingCache:
             span_v = torch.cat([self.v[:, :, :old].transpose(1, 2), v_new], 1)
             place = torch.arange(old, device=device)
             positions_BK = torch.cat([torch.where(place < self.seen[:, None], place, -1), position_BT], 1)
-            self.k.scatter_(2, slot, k_new.transpose(1, 2))
-            self.v.scatter_(2, slot, v_new.transpose(1, 2))
+            self.k.scatter_(2, slot, k_new.detach().transpose(1, 2))
+            self.v.scatter_(2, slot, v_new.detach().transpose(1, 2))
         self.seen += length if lengths is None else lengths.to(device)
         end = torch.where(positions_BK >= 0, NEVER, 0).to(torch.int32)
         return Span(

@@ -93,7 +93,7 @@ class KeyNorm(Policy):
 
     def ranks(self, new: Arrivals) -> Tensor:
         """[B, T, H]: 1 / ‖k‖."""
-        norm_BTH = torch.linalg.vector_norm(new.k_BTHD.detach(), dim=-1, dtype=torch.float32)
+        norm_BTH = _norm(new.k_BTHD)
         return norm_BTH.clamp(min=1e-30).reciprocal().clamp(min=_LOWEST_RANK)
 
 
@@ -116,7 +116,7 @@ class DeltaError(Policy):
                 "retention='delta_error' ranks by the writes of the preceding Gated DeltaNet layer, and none reports "
                 "them; choose it with model.set_retention('delta_error')"
             )
-        norm_BT1 = torch.linalg.vector_norm(new.writes_BTE.detach(), dim=-1, keepdim=True, dtype=torch.float32)
+        norm_BT1 = _norm(new.writes_BTE)[..., None]
         return norm_BT1.clamp(min=_LOWEST_RANK).expand(new.k_BTHD.shape[:3])
 
 
@@ -167,6 +167,12 @@ def policy_name(policy: Policy) -> str:
     return next(name for name, kind in POLICIES.items() if type(policy) is kind)
 
 
+def _norm(x: Tensor) -> Tensor:
+    """Euclidean norm over the last dimension in float32; summed in float64 where x is."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return torch.linalg.vector_norm(x.detach(), dim=-1, dtype=dtype).float()
+
+
 def _ordered(number: Tensor) -> Tensor:
     """Positive float32 in the order of the integers 0 … 2,130,706,431: the bits of floats are ordered as they are."""
     return (number.clamp(0, _RANKS - 1) + _FIRST_NORMAL).to(torch.int32).view(torch.float32)
@@ -208,6 +214,7 @@ def observed_attention(
         [B, T, N, D]; arbitrary where padding.
     """
     outputs = []
+    k, v = k.detach(), v.detach()  # a cache remembers numbers, not how they were made
     for t in range(q.shape[1]):
         token = slice(t, t + 1)
         real_B = None if lengths is None else lengths > t

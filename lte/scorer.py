@@ -243,7 +243,7 @@ class RetentionScorer(nn.Module):
             else:
                 place_BP = lengths_B[:, None] + torch.arange(past, device=lengths_B.device)
                 tail = joined.gather(2, place_BP[None, :, :, None].expand(len(joined), -1, -1, joined.shape[-1]))
-            past_BHPC.copy_(tail.transpose(0, 1))
+            past_BHPC.copy_(tail.detach().transpose(0, 1))
             x_HBTC = self._convolve_joined(layer, joined, length)
             # an output arrives `reach` tokens late; before position 0 there is the padding's zero
             position_BT = position_BT - past // 2

@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, C hidden size.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -51,7 +52,11 @@ def build_mixer(config: HybridConfig, kind: str) -> Mixer:
 
 
 class Block(GradientCheckpointingLayer):
-    """Pre-norm residual block."""
+    """Pre-norm residual block.
+
+    Raises:
+        ValueError: a cache in training with gradient checkpointing, whose second pass would read the tokens again.
+    """
 
     def __init__(self, config: HybridConfig, kind: str):
         super().__init__()
@@ -61,6 +66,14 @@ class Block(GradientCheckpointingLayer):
         self.mlp = MLP(config)
         for linear in (self.mixer.o_proj, self.mlp.down_proj):
             linear.to_residual_stream = True
+
+    def __call__(self, x_BTC: Tensor, context: Context, state: MixerState | None = None):
+        if state is not None and self.training and self.gradient_checkpointing and torch.is_grad_enabled():
+            raise ValueError(
+                "use_cache=True or past_key_values: gradient checkpointing computes a layer twice, and would read "
+                "tokens into the cache twice; leave them out, or call model.gradient_checkpointing_disable()"
+            )
+        return super().__call__(x_BTC, context, state)
 
     def forward(
         self, x_BTC: Tensor, context: Context, state: MixerState | None = None

@@ -44,7 +44,8 @@ class HybridCache(Cache):
     def allocate(cls, model: HybridModel, batch: int) -> HybridCache:
         """An empty cache for `batch` rows, in the model's dtype and on its device."""
         weight = model.embed_tokens.weight
-        states = [layer.mixer.allocate_state(batch, weight.dtype, weight.device) for layer in model.layers]
+        with torch.inference_mode(False):  # else later calls outside of that mode couldn't write
+            states = [layer.mixer.allocate_state(batch, weight.dtype, weight.device) for layer in model.layers]
         return cls(states, batch)
 
     @property
@@ -67,6 +68,17 @@ class HybridCache(Cache):
         return (
             f"HybridCache({len(self.states)} layers, batch {self.batch}, {self.columns} columns, {self.nbytes} bytes)"
         )
+
+    def check(self, batch: int, layers: int) -> None:
+        """Raises ValueError: it was made for other rows, or for a model with other layers."""
+        if self.batch != batch:
+            raise ValueError(
+                f"past_key_values has {self.batch} rows, the input {batch}; allocate a cache of that size"
+            )
+        if len(self.states) != layers:
+            raise ValueError(
+                f"past_key_values has {len(self.states)} layers, the model {layers}; use the cache of this model"
+            )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns seen so far: `generate` takes what follows them in its input as new."""
@@ -107,6 +119,18 @@ class HybridCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Raises ValueError: what was evicted can't be brought back."""
         raise ValueError("a HybridCache can't be cropped: evicted tokens are gone; use a copy made earlier")
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Raises ValueError: the number of rows is fixed."""
+        raise ValueError("the rows of a HybridCache are fixed; make another one with model.new_cache(rows)")
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Raises ValueError: the number of rows is fixed."""
+        raise ValueError("the rows of a HybridCache are fixed; make another one with model.new_cache(rows)")
+
+    def update(self, *args, **kwargs):
+        """Raises ValueError: another kind of model calls it."""
+        raise ValueError("past_key_values: a HybridCache holds no keys of this model; use the model that made it")
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name, for saving."""
@@ -160,29 +184,34 @@ class HybridCache(Cache):
             _refuse_another_rule(path, json.loads(metadata["rule"]), self.rule)
         if not {"columns", "rule"} <= metadata.keys() or self.tensors().keys() != loaded.keys():
             raise ValueError(f"{path} is not a session of this model: it holds other tensors; start a new one")
-        self._grow_to(loaded)
         own = self.tensors()
         for name, x in own.items():
-            if x.shape != loaded[name].shape or x.dtype != loaded[name].dtype:
+            fits = x.shape == loaded[name].shape or self._grows(name, x, loaded[name])
+            if not fits or x.dtype != loaded[name].dtype:
                 raise ValueError(
                     f"{path}: {name} is {tuple(loaded[name].shape)} {loaded[name].dtype}, this model's cache has "
                     f"{tuple(x.shape)} {x.dtype}; use the model, budget and dtype that wrote it"
                 )
-        for name, x in own.items():
+        self._grow_to(loaded)
+        for name, x in self.tensors().items():
             x.copy_(loaded[name])
         self.columns = int(metadata["columns"])
         return metadata
 
+    def _grows(self, name: str, x: Tensor, saved: Tensor) -> bool:
+        """Whether x grows with the text, [B, H, tokens, D], and differs from the saved tensor in tokens at most."""
+        if not self.states[int(name.split(".")[0])].bytes_per_token or x.ndim != 4 or saved.ndim != 4:
+            return False
+        return x[:, :, :0].shape == saved[:, :, :0].shape
+
+    @torch.inference_mode(False)
     def _grow_to(self, loaded: dict[str, Tensor]) -> None:
-        """Give the layers that grow with the text, [B, H, tokens, D], as many tokens as the saved ones have."""
+        """Give the tensors that grow as many tokens as the saved ones have."""
         for name, x in self.tensors().items():
             layer, *path, last = name.split(".")
-            saved = loaded[name]
-            if not self.states[int(layer)].bytes_per_token or x.ndim != 4 or saved.ndim != 4:
-                continue
-            if x.shape != saved.shape and x[:, :, :0].shape == saved[:, :, :0].shape:
+            if x.shape != loaded[name].shape:
                 owner = reduce(getattr, path, self.states[int(layer)])
-                setattr(owner, last, x.new_zeros(saved.shape))
+                setattr(owner, last, x.new_zeros(loaded[name].shape))
 
 
 def _refuse_another_rule(path: Path | str, saved: dict[str, str], own: dict[str, str]) -> None:

@@ -134,9 +134,7 @@ class HybridConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs: Any):
-        for name, kind in _own_fields().items():
-            if not _fits(getattr(self, name), kind):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be {_in_words(kind)}")
+        self._check_types()
         if self.intermediate_size is None:
             self.intermediate_size = 256 * math.ceil(8 * self.hidden_size / (3 * 256))
         if self.layer_types is None:
@@ -188,8 +186,14 @@ class HybridConfig(PreTrainedConfig):
         eligible = self.max_position_embeddings - (self.window or 0)
         return min(1.0, self.budget / eligible) if eligible > 0 else 1.0
 
+    def _check_types(self) -> None:
+        for name, kind in _own_fields().items():
+            if not _fits(getattr(self, name), kind):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be {_in_words(kind)}")
+
     def check(self) -> None:
         """Raises: ValueError naming field, value and remedy. Models ask again, since fields can be set later."""
+        self._check_types()
 
         def one_of(name: str, values: tuple[str, ...]) -> None:
             if getattr(self, name) not in values:

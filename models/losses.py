@@ -36,10 +36,9 @@ def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor, chunk: int = 1024) -> 
 
 
 def per_item(total: Tensor, targets_BT: Tensor, items: Tensor | int | None) -> tuple[Tensor, Tensor]:
-    """A summed loss per item, and the share of the items that lies in this call."""
+    """A summed loss per item (0 where there are none), and the share of the items that lies in this call."""
     count = (targets_BT != IGNORE).sum()
     if items is None:
         return total / count.clamp(min=1), torch.ones_like(total)
-    if isinstance(items, Tensor):
-        items = items.to(total.device)
+    items = items.to(total.device).clamp(min=1) if isinstance(items, Tensor) else max(items, 1)
     return total / items, count / items

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.generation import GenerationMode
+from transformers.utils import can_return_tuple
 
 from lte.layout import check_cu_seqlens
 from lte.scorer import RetentionScorer
@@ -99,6 +100,7 @@ class HybridModel(HybridPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -127,6 +129,7 @@ class HybridModel(HybridPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
+        with_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         batch, length = tokens.shape[:2]
         if not length:
@@ -144,14 +147,8 @@ class HybridModel(HybridPreTrainedModel):
         if past_key_values is not None:
             if cu_seqlens is not None:
                 raise ValueError("cu_seqlens packs whole documents: use it without past_key_values")
-            if past_key_values.batch != batch:
-                raise ValueError(
-                    f"past_key_values has {past_key_values.batch} rows, the input {batch}; allocate a cache of "
-                    "that size"
-                )
-            hidden, states = self._cached(
-                tokens, attention_mask, past_key_values, last_columns, bool(output_hidden_states)
-            )
+            past_key_values.check(batch, len(self.layers))
+            hidden, states = self._cached(tokens, attention_mask, past_key_values, last_columns, with_states)
             return HybridModelOutput(last_hidden_state=hidden, past_key_values=past_key_values, hidden_states=states)
         if cu_seqlens is not None:
             check_cu_seqlens(cu_seqlens, batch, length)
@@ -164,7 +161,7 @@ class HybridModel(HybridPreTrainedModel):
         if self.sink_token is not None:
             x_BTC, cu_seqlens, without = prepend(self.sink_token, x_BTC, cu_seqlens)
             restore = without if restore is None else compose(restore, without)
-        hidden, retention, states = self._run(x_BTC, cu_seqlens, None, None, keep_all, bool(output_hidden_states))
+        hidden, retention, states = self._run(x_BTC, cu_seqlens, None, None, keep_all, with_states)
         if restore is not None:
             hidden, states = restore(hidden), states and tuple(restore(x) for x in states)
         if last_columns:
@@ -180,7 +177,7 @@ class HybridModel(HybridPreTrainedModel):
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         """The prompt in chunks, so that memory beyond the result doesn't grow with it."""
         length, chunk = tokens.shape[1], self.prefill_chunk(len(tokens))
-        first_column = max(0, length - last_columns) if last_columns else 0
+        first_column = max(0, length - last_columns) if last_columns and not with_states else 0
         hiddens, all_states = [], []
         for start in range(0, length, chunk):
             piece = self._embed(tokens[:, start : start + chunk])
@@ -200,7 +197,8 @@ class HybridModel(HybridPreTrainedModel):
                 hiddens.append(restore(hidden[:, -columns:])[:, skip:])
                 all_states.append([restore(x[:, -columns:])[:, skip:] for x in states or ()])
         states = tuple(torch.cat(x, 1) for x in zip(*all_states, strict=True)) if with_states else None
-        return hiddens[0] if len(hiddens) == 1 else torch.cat(hiddens, 1), states
+        hidden = hiddens[0] if len(hiddens) == 1 else torch.cat(hiddens, 1)
+        return hidden[:, -last_columns:], states
 
     def prefill_chunk(self, batch: int) -> int:
         """Tokens of a prompt that each of `batch` rows takes at once (`config.prefill_chunk`)."""
@@ -270,6 +268,7 @@ class HybridForCausalLM(RetentionControls, HybridPreTrainedModel, GenerationMixi
         self.penalty_control = build_penalty_control(config)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -282,7 +281,6 @@ class HybridForCausalLM(RetentionControls, HybridPreTrainedModel, GenerationMixi
         output_hidden_states: bool | None = None,
         logits_to_keep: int = 0,
         num_items_in_batch: Tensor | int | None = None,
-        return_dict: bool | None = None,
         **others: object,
     ) -> HybridOutput | tuple:
         """Logits and, with labels, the loss.
@@ -297,7 +295,7 @@ class HybridForCausalLM(RetentionControls, HybridPreTrainedModel, GenerationMixi
                 (gradient accumulation); None: those of this call.
             others: cu_seq_lens_q or position_ids, as DataCollatorWithFlattening gives them, bound packed documents.
         """
-        if others.get("output_attentions"):
+        if others.get("output_attentions", self.config.output_attentions):
             raise ValueError("output_attentions=True: attention weights are never formed; leave it out")
         if cu_seqlens is None and past_key_values is None:
             cu_seqlens = document_bounds(others, attention_mask)
@@ -311,6 +309,7 @@ class HybridForCausalLM(RetentionControls, HybridPreTrainedModel, GenerationMixi
             output_hidden_states=output_hidden_states,
             last_columns=logits_to_keep if labels is None else 0,
             keep_all=self._keeps_all(),
+            return_dict=True,
         )
         hidden = outputs.last_hidden_state
         fused_loss = self.training and labels is not None and hidden.is_cuda
@@ -328,7 +327,7 @@ class HybridForCausalLM(RetentionControls, HybridPreTrainedModel, GenerationMixi
             if penalty is not None and self.training:
                 # a micro-batch carries its share of the step's penalty
                 loss = loss + penalty * share
-        output = HybridOutput(
+        return HybridOutput(
             loss=loss,
             lm_loss=lm_loss,
             aux_loss=penalty,
@@ -337,7 +336,6 @@ class HybridForCausalLM(RetentionControls, HybridPreTrainedModel, GenerationMixi
             hidden_states=outputs.hidden_states,
             retention=outputs.retention or None,
         )
-        return output if return_dict is not False else output.to_tuple()
 
     def parameter_groups(self, weight_decay: float, lr: float) -> list[dict]:
         """Optimizer groups: no decay for norms, biases, A_log, dt_bias; the scorer's rate is scaled."""
@@ -390,10 +388,12 @@ class HybridForCausalLM(RetentionControls, HybridPreTrainedModel, GenerationMixi
 
         return generate(self, super()._sample, input_ids, *args, **kwargs)
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, is_first_iteration: bool | None = False, **kwargs):
+    def prepare_inputs_for_generation(self, input_ids: Tensor, next_sequence_length: int | None = None, **kwargs):
         """As in transformers; after the prompt nothing is padding, so a decoding step needs no mask."""
-        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        inputs = super().prepare_inputs_for_generation(input_ids, next_sequence_length, **kwargs)
         inputs.pop("position_ids", None)
-        if not is_first_iteration and inputs.get("past_key_values") is not None:
+        # pieces of a prompt (prefill_chunk_size), which may be padded, come without their length
+        is_step = next_sequence_length is not None and not kwargs.get("is_first_iteration")
+        if is_step and inputs.get("past_key_values") is not None:
             inputs.pop("attention_mask", None)
         return inputs

@@ -89,6 +89,11 @@ class NativeSparseState:
         for x in (self.k, self.v, self.pooled_k, self.pooled_v, self.seen):
             x.copy_(x.index_select(0, index.to(x.device)))
 
+    def detach(self) -> None:
+        """Keep the numbers and forget how they were made, as gradients end at what a cache holds."""
+        self.k, self.v = self.k.detach(), self.v.detach()
+        self.pooled_k, self.pooled_v = self.pooled_k.detach(), self.pooled_v.detach()
+
     def append(self, k_BTHD: Tensor, v_BTHD: Tensor, lengths_B: Tensor | None = None) -> Tensor:
         """Take in T new tokens, finite also where padding.
 
@@ -122,8 +127,9 @@ class NativeSparseState:
         if needed <= blocks:
             return
         extra = max(needed - blocks, blocks)
-        self.k, self.v = (F.pad(x, (0, 0, 0, extra * block_size)) for x in (self.k, self.v))
-        self.pooled_k, self.pooled_v = (F.pad(x, (0, 0, 0, extra)) for x in (self.pooled_k, self.pooled_v))
+        with torch.inference_mode(False):  # else later calls outside of that mode couldn't write
+            self.k, self.v = (F.pad(x, (0, 0, 0, extra * block_size)) for x in (self.k, self.v))
+            self.pooled_k, self.pooled_v = (F.pad(x, (0, 0, 0, extra)) for x in (self.pooled_k, self.pooled_v))
 
     def _pool(self, length: int) -> None:
         """Means of all blocks that `length` new tokens can have touched."""
@@ -233,6 +239,7 @@ class NativeSparseAttention(Mixer):
             block_size=self.block_size,
             selected_blocks=self.selected_blocks,
         )
+        state.detach()
         return blocks, near
 
     def _cached_window(self, q: Tensor, index_BT: Tensor, state: NativeSparseState) -> Tensor:

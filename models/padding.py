@@ -37,8 +37,9 @@ def document_bounds(given: Mapping[str, object], mask: Tensor | None) -> Tensor 
     """cu_seqlens [N + 1] of packed documents in the names of transformers' DataCollatorWithFlattening.
 
     Args:
-        given: `cu_seq_lens_q` [N + 1], or `position_ids` [1, T] that start at 0 with each document. With a mask, or
-            rows that hold one document each, there is nothing to bound: None.
+        given: `cu_seq_lens_q` [N + 1], or `position_ids` [1, T] that start at 0 with each document; the first may
+            have begun before the row. With a mask, or rows that hold one document each, there is nothing to bound:
+            None.
 
     Raises:
         ValueError: several rows with several documents each.
@@ -49,18 +50,19 @@ def document_bounds(given: Mapping[str, object], mask: Tensor | None) -> Tensor 
     positions = given.get("position_ids")
     if positions is None or mask is not None:
         return None
-    starts = positions == 0
+    # a row may begin within a document
+    starts = positions[:, 1:] == 0
     if len(positions) > 1:
-        if bool((starts.sum(1) > 1).any()):
+        if bool(starts.any()):
             raise ValueError(
                 f"position_ids {tuple(positions.shape)} start anew within rows: pack the documents into one row, or "
                 "give one document a row"
             )
         return None
-    first = starts[0].nonzero().flatten().to(torch.int32)
-    if len(first) < 2:
+    first = 1 + starts[0].nonzero().flatten().to(torch.int32)
+    if not len(first):
         return None
-    return torch.cat([first, first.new_tensor([positions.shape[1]])])
+    return torch.cat([first.new_zeros(1), first, first.new_tensor([positions.shape[1]])])
 
 
 def unpad(x_BTC: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:

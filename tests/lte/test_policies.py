@@ -225,3 +225,14 @@ def test_extreme_inputs_give_positive_finite_ranks(name):
     cache = RetainedCache(1, 2, 4, window=1, budget=2)
     take(cache, policy, torch.full((1, 3, 4, 4), 1e4), k.clamp(max=1e4), k, torch.zeros(1, 3, 5), None)
     assert (cache.positions.sort().values == torch.arange(3)).all()
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_ranks_of_64_bits_are_those_of_32(name):
+    """A model in float64 is the usual check of numerics: every policy takes its keys."""
+    _, k, _, writes = make_inputs()
+    policy, positions = POLICIES[name](), torch.arange(TOTAL).expand(BATCH, -1)
+    expected = policy.ranks(Arrivals(k, positions, writes))
+    actual = policy.ranks(Arrivals(k.double(), positions, writes.double()))
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)

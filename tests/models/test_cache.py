@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from models import HybridCache
 from tests.tiny_models import VARIANTS, assert_close, make_ids, make_model, make_variant, run_in_pieces
@@ -32,6 +33,57 @@ def test_memory_is_constant_and_in_place(variant):
     model(ids[:, :20], mask, past_key_values=cache)
     assert addresses(cache) == places
     assert cache.nbytes == size == sum(x.nbytes for x in cache.tensors().values())
+
+
+NSA = {"nsa_num_heads": 4, "nsa_num_key_value_heads": 2, "nsa_head_dim": 6, "nsa_block_size": 4, "nsa_window": 9}
+
+
+def make_for(variant):
+    """One of VARIANTS, an eviction policy, or native sparse attention."""
+    if variant in VARIANTS:
+        return make_variant(variant)
+    if variant == "nsa":
+        return make_model("gdn", layer_types=["gated_deltanet", "nsa"], **NSA)
+    return make_model(retention=variant)
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, "h2o", "key_norm", "nsa"])
+def test_no_graph_is_kept_where_gradients_are_on(variant):
+    """Else its memory would grow with every token, and the cache couldn't be copied."""
+    model, ids = make_for(variant), make_ids(2, 40)
+    caches = [model.new_cache(2) for _ in range(2)]
+    for sizes in ([1, 1, 20], [18]):
+        for piece in ids[:, : sum(sizes)].split(sizes, 1):
+            output = model(piece, past_key_values=caches[0])
+            if variant != "h2o":  # queries read one after the other what is written in place
+                output.logits.square().sum().backward()
+        assert not any(x.requires_grad for x in caches[0].tensors().values())
+        with torch.no_grad():
+            expected = run_in_pieces(model, ids[:, : sum(sizes)], sizes, caches[1])
+        assert_close(output.logits.detach(), expected[:, -sizes[-1] :])
+        caches = [copy.deepcopy(cache) for cache in caches]
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, "h2o", "key_norm", "nsa"])
+@torch.no_grad()
+def test_inference_mode_and_others_mix(variant, tmp_path):
+    """A cache made, filled, grown and loaded in inference mode goes on outside, and the other way round."""
+    model, ids = make_for(variant), make_ids(1, 330)
+    expected = model(ids).logits[:, -20:]
+    sizes = [280, 1, 29, 20]  # beyond a growing cache's first memory
+    for inside in (False, True):
+        with torch.inference_mode(inside):
+            cache, loaded = model.new_cache(), model.new_cache()
+        for piece in ids.split(sizes, 1):
+            with torch.inference_mode(inside):
+                logits = model(piece, past_key_values=cache).logits
+                if piece.shape[1] == 29:
+                    cache.save(tmp_path / "session")
+                    loaded.load(tmp_path / "session")
+            inside = not inside
+        assert_close(logits, expected)
+        assert_close(model(ids[:, -20:], past_key_values=loaded).logits, expected)
+        cache.reset()
 
 
 @torch.no_grad()
@@ -162,6 +214,22 @@ def test_files_that_are_refused(tmp_path):
 
 
 @torch.no_grad()
+def test_a_refused_file_leaves_a_growing_cache_as_it_was(tmp_path):
+    """What doesn't fit is found before memory is taken for longer texts."""
+    longer = make_model("gdn-full").bfloat16()
+    saved = longer.new_cache()
+    run_in_pieces(longer, make_ids(1, 290), [290], saved)
+    saved.save(tmp_path / "session")
+    cache = make_model("gdn-full").new_cache()
+    run_in_pieces(make_model("gdn-full"), make_ids(1, 30), [30], cache)
+    before = {name: x.clone() for name, x in cache.tensors().items()}
+    with pytest.raises(ValueError, match=r"0.conv_BCL is .* torch.bfloat16, this model's cache has .* torch.float32"):
+        cache.load(tmp_path / "session")
+    for name, x in cache.tensors().items():
+        assert torch.equal(x, before[name]), name
+
+
+@torch.no_grad()
 def test_a_file_names_its_policy(tmp_path):
     """Caches of two policies can hold the same tensors; only the record tells them apart."""
     model, file = make_model(), tmp_path / "session"
@@ -223,3 +291,16 @@ def test_interface_of_transformers():
     assert "4 layers, batch 2, 0 columns" in repr(cache)
     with pytest.raises(ValueError, match="can't be cropped"):
         cache.crop(3)
+
+
+def test_what_other_caches_do_is_refused():
+    """The base class would do it to a list of layers that is empty here: nothing, or an IndexError."""
+    cache = make_model().new_cache(2)
+    with pytest.raises(ValueError, match=r"rows of a HybridCache are fixed; make another one with model.new_cache"):
+        cache.batch_repeat_interleave(3)
+    with pytest.raises(ValueError, match=r"rows of a HybridCache are fixed; make another one with model.new_cache"):
+        cache.batch_select_indices(torch.tensor([1]))
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    other = LlamaForCausalLM(LlamaConfig(vocab_size=61, **sizes)).eval()
+    with pytest.raises(ValueError, match="past_key_values: a HybridCache holds no keys of this model"):
+        other(make_ids(2, 3), past_key_values=cache)

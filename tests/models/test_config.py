@@ -230,4 +230,8 @@ def test_settings_changed_while_loading_are_checked_too(tmp_path):
     make_model("lalte").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="straight_through='some' is unknown"):
         HybridForCausalLM.from_pretrained(tmp_path, straight_through="some")
+    with pytest.raises(ValueError, match="budget=None must be a whole number"):
+        HybridForCausalLM.from_pretrained(tmp_path, budget=None)
+    with pytest.raises(ValueError, match="window='wide' must be a whole number or null"):
+        HybridForCausalLM.from_pretrained(tmp_path, window="wide")
     assert HybridForCausalLM.from_pretrained(tmp_path, straight_through="beyond_window").config.budget > 0

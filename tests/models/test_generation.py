@@ -64,6 +64,15 @@ def test_left_padded_batch(variant):
         assert torch.equal(actual[row], greedy(model, text)[0, text.shape[1] :])
 
 
+@pytest.mark.parametrize("piece", [1, 16, 50])
+def test_left_padded_batch_in_pieces(piece):
+    """transformers' own way of reading a prompt in pieces; one of a single token looks like a decoding step."""
+    model = make_model()
+    ids, mask = left_padded([make_ids(1, n, seed=n) for n in (1, 40, 77)])
+    expected = generate(model, ids, attention_mask=mask)
+    assert torch.equal(generate(model, ids, attention_mask=mask, prefill_chunk_size=piece), expected)
+
+
 @pytest.mark.parametrize("variant", ["lalte", "gdn-full", "lalte, one scorer"])
 def test_beams_are_those_without_a_cache(variant):
     model = make_variant(variant)

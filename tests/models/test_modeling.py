@@ -184,10 +184,33 @@ def test_hidden_states():
     ids, mask = left_padded([make_ids(1, 50), make_ids(1, 9)])
     parallel = model(ids, mask, output_hidden_states=True).hidden_states
     cached = model(ids, mask, output_hidden_states=True, use_cache=True).hidden_states
+    last = model(ids, mask, output_hidden_states=True, use_cache=True, logits_to_keep=3)
     assert len(parallel) == len(cached) == model.config.num_hidden_layers + 1
-    for a, b in zip(parallel, cached, strict=True):
+    for a, b, c in zip(parallel, cached, last.hidden_states, strict=True):
         assert_close(b[0], a[0])
         assert_close(b[1, -9:], a[1, -9:])
+        assert torch.equal(c, b), "of all columns, however many have logits"
+    assert_close(last.logits, model(ids, mask).logits[:, -3:])
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+@torch.no_grad()
+def test_the_config_says_what_is_returned(use_cache):
+    """As in transformers: what a call doesn't say is taken from the config."""
+    model, ids = make_model(), make_ids(1, 9)
+    model.config.output_hidden_states = True
+    for part in (model, model.model):
+        assert len(part(ids, use_cache=use_cache).hidden_states) == model.config.num_hidden_layers + 1
+        assert part(ids, use_cache=use_cache, output_hidden_states=False).hidden_states is None
+    model.config.output_hidden_states = False
+    model.config.return_dict = False
+    for part in (model, model.model):
+        expected = part(ids, use_cache=use_cache, return_dict=True)[0]
+        assert torch.equal(part(ids, use_cache=use_cache)[0], expected)
+        assert isinstance(part(ids, use_cache=use_cache), tuple)
+    model.config.return_dict, model.config.output_attentions = True, True
+    with pytest.raises(ValueError, match="output_attentions=True: attention weights are never formed"):
+        model(ids)
 
 
 # ---- documents ----
@@ -236,6 +259,16 @@ def test_loss_ignores_padding_and_labels():
     assert_close(model(ids, mask, labels=labels).loss[None], (expected / (4 + 32 - 10))[None])
 
 
+@pytest.mark.parametrize("items", [None, 0, torch.tensor(0)])
+def test_a_step_that_predicts_nothing_has_no_loss(items):
+    """All labels of an optimizer step masked: the weights stay finite."""
+    model, ids = make_model().train(), make_ids(2, 30)
+    output = model(ids, labels=torch.full_like(ids, IGNORE), num_items_in_batch=items)
+    output.loss.backward()
+    assert output.lm_loss == 0
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
 # ---- arguments ----
 
 
@@ -249,6 +282,10 @@ def test_arguments_that_do_not_fit():
         model(ids[:, :0])
     with pytest.raises(ValueError, match=r"past_key_values has 3 rows, the input 2"):
         model(ids, past_key_values=model.new_cache(3))
+    for layers in (2, 6):
+        other = make_model(layer_types=["gated_deltanet", "attention"] * (layers // 2)).new_cache(2)
+        with pytest.raises(ValueError, match=f"past_key_values has {layers} layers, the model 4"):
+            model(ids, past_key_values=other)
     with pytest.raises(ValueError, match=r"past_key_values is a DynamicCache, .* use model\.new_cache\(batch\)"):
         model(ids, past_key_values=DynamicCache(), attention_mask=torch.ones_like(ids))
     with pytest.raises(ValueError, match="output_attentions=True: attention weights are never formed"):
@@ -367,6 +404,19 @@ def test_checkpointing_that_would_lose_the_penalty_is_refused():
     make_model("gdn").gradient_checkpointing_enable({"use_reentrant": True})
 
 
+def test_checkpointing_that_would_read_twice_is_refused():
+    """A layer's second pass would find its own tokens in the cache; without a second pass there is no harm."""
+    model, ids = make_model().train(), make_ids(2, 9)
+    model.gradient_checkpointing_enable()
+    for given in ({"use_cache": True}, {"past_key_values": model.new_cache(2)}):
+        with pytest.raises(ValueError, match="use_cache=True or past_key_values: gradient checkpointing"):
+            model(ids, labels=ids, **given)
+    with torch.no_grad():
+        expected = model(ids, use_cache=True).logits
+    model.gradient_checkpointing_disable()
+    assert torch.equal(model(ids, use_cache=True).logits, expected)
+
+
 @pytest.mark.parametrize("bounds", [[0, 0, 3, 6], [0, 3, 3, 6], [0, 3, 6, 6]])
 def test_empty_documents_lose_no_target(bounds):
     targets = shift_labels(torch.arange(1, 7)[None], None, torch.tensor(bounds))
@@ -418,8 +468,19 @@ def test_flattened_documents_do_not_see_each_other(names):
     assert_close(output.loss[None], expected.loss[None])
     alone = model(batch["input_ids"][:, :7], position_ids=torch.arange(7)[None])
     assert_close(alone.logits, expected.logits[:, :7])
-    with pytest.raises(ValueError, match=r"position_ids \(2, 4\) start anew within rows: pack"):
-        model(make_ids(2, 4), position_ids=torch.tensor([[0, 1, 0, 1], [0, 1, 2, 3]]))
+    for begun in ([0, 1, 0, 1], [5, 6, 0, 1]):
+        with pytest.raises(ValueError, match=r"position_ids \(2, 4\) start anew within rows: pack"):
+            model(make_ids(2, 4), position_ids=torch.tensor([begun, [0, 1, 2, 3]]))
+
+
+@pytest.mark.parametrize("lengths", [(7, 13), (7, 1, 12)])
+def test_a_flattened_row_may_begin_within_a_document(lengths):
+    """As when a long row of documents is cut into rows of one length."""
+    model, ids = make_model(), make_ids(1, 20)
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    positions[:, : lengths[0]] += 30
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    assert_close(model(ids, position_ids=positions).logits, model(ids, cu_seqlens=bounds).logits)
 
 
 def test_a_scorer_of_zero_output_starts_from_keeping_everything():
