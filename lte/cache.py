@@ -127,9 +127,10 @@ class RetainedCache:
             else:
                 self.step(k.transpose(1, 2), v.transpose(1, 2), logits)
             end_BSH = torch.where(self.positions >= 0, NEVER, 0).transpose(1, 2)
-            slots = (x.transpose(1, 2) for x in (self.k, self.v))
-            self.k, self.v = self.k.detach(), self.v.detach()
-            return Span(*slots, end_BSH.int(), self.positions.transpose(1, 2))
+            span = Span(self.k.transpose(1, 2), self.v.transpose(1, 2), end_BSH.int(), self.positions.transpose(1, 2))
+            if self.k.requires_grad or self.v.requires_grad:
+                self.k, self.v = self.k.detach(), self.v.detach()
+            return span
         if self.k.is_cuda:
             from lte.kernels.evictions import MAX_BUDGET
 
@@ -368,7 +369,8 @@ class GrowingCache:
                 self.k[:, :, :longest].transpose(1, 2),
                 self.v[:, :, :longest].transpose(1, 2),
             )
-            self.k, self.v = self.k.detach(), self.v.detach()
+            if self.k.requires_grad or self.v.requires_grad:
+                self.k, self.v = self.k.detach(), self.v.detach()
             place = torch.arange(longest, device=device)
             positions_BK = torch.where(place <= self.seen[:, None], place, -1)
         else:

@@ -61,6 +61,7 @@ def test_winners_need_intervals_and_the_right_direction():
     assert winner([lower, make("b", 10.5, 9.5, 11.5, "perplexity")]) is None
     assert winner([lower]) is None
     assert winner([make("a", 1.0, None, None, "accuracy"), make("b", 0.0, None, None, "accuracy")]) is None
+    assert winner([make("a", 1.0, 0.9, None, "accuracy"), make("b", 0.0, None, 0.1, "accuracy")]) is None
     assert winner([make("a", 9, 8, 10, "tokens_per_s"), make("b", 20, 19, 21, "tokens_per_s")])["system"] == "b"
     assert winner([make("a", 64, 64, 64, "bytes"), make("b", 64, 64, 64, "bytes")]) is None
     assert winner([make("a", 64, 64, 64, "bytes"), make("b", 32, 32, 32, "bytes")])["system"] == "b"

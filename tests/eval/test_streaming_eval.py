@@ -97,6 +97,12 @@ def test_moments_are_those_of_all_numbers():
         moments.add(part)
     assert moments.mean == pytest.approx(float(values.double().mean()), rel=1e-12)
     assert moments.error == pytest.approx(float(values.double().std()) / math.sqrt(517), rel=1e-9)
+    few = Moments()
+    assert (math.isnan(few.mean), few.error) == (True, math.inf)
+    few.add(torch.tensor([2.0]))
+    assert (few.mean, few.error) == (2.0, math.inf)
+    few.add(torch.tensor([4.0]))
+    assert (few.mean, few.error) == (3.0, 1.0)
 
 
 def test_the_interval_covers_the_truth():

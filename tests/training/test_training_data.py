@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from training import data as data_module
+from training import packing
 from training.data import DataConfig, StageConfig, StepBatches, TrainingRows, plan_stages
 from training.rows import IGNORED, collate
 from training.sources import SourceConfig
@@ -74,6 +75,25 @@ def test_unsplit_documents_are_whole_where_they_fit(tokenizer, text_file, texts)
     fitting = [one for one in whole if len(one) <= 61]
     assert len(fitting) > 20
     assert [one for one in sorted(found) if one in set(fitting)] == fitting
+
+
+def test_whole_documents_share_a_row_while_they_fit():
+    """Lengths 3, 4, 2, 9 and 1 in rows of 8: what is longer than a row is cut, and its rest starts one."""
+    rows = packing._fill_rows(np.array([3, 4, 2, 9, 1]), 8)
+    assert rows == [[(0, 3), (3, 7)], [(7, 9)], [(9, 17)], [(17, 18), (18, 19)]]
+
+
+def test_rows_begin_elsewhere_in_each_epoch(tokenizer, text_file):
+    packed = make_rows(tokenizer, text_file).packed[0, 0]
+    slack = packed.store.total - packed.count * packed.length
+    offsets = []
+    for epoch in range(40):
+        packed.row(epoch * packed.count)
+        offsets.append(packed.offset)
+    assert slack > 2
+    assert min(offsets) >= 0
+    assert max(offsets) <= slack
+    assert len(set(offsets)) > 2
 
 
 def test_epochs_differ_and_repeat_by_seed(tokenizer, text_file):
