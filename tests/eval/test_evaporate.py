@@ -10,7 +10,7 @@ import torch
 from eval import build_cli, evaporate, evaporate_cli, evaporate_data
 from eval.answering import answer
 from eval.evaporate_data import Document, build_pairs, build_squad, read_documents, write_documents
-from eval.evaporate_prompts import contains, cut, make_samples, prompt
+from eval.evaporate_prompts import contains, cut, definition, make_samples, prompt
 from tests.tiny_models import make_model
 from tests.tiny_texts import make_llama, make_tokenizer
 
@@ -83,6 +83,27 @@ def test_prompts_are_the_definitions():
     )
     hub = Document("P.\nIt was", "x", context="P. Question: What?", question="What?")
     assert ask("squad", hub, form="window", twice=True) == "What? P. \nP.\nIt was"
+
+
+def test_the_definition_names_what_was_run():
+    harness = "EVAPORATE fda: prompt and score of lm-evaluation-harness, version 0"
+    assert definition("fda", "v0", twice=False, windows=False) == harness
+    windows = "; windows of length - 50 tokens (prefix-linear-attention)"
+    assert definition("fda", "v0", twice=True, windows=True) == f"{harness}{windows}; text read twice"
+
+
+def test_values_are_stripped_in_version_1_only(tokenizer):
+    documents = [(0, Document("A page.", " ACME ", "publisher"))]
+    for scoring, value in (("v0", " ACME "), ("v1", "ACME")):
+        assert make_samples("fda", documents, tokenizer, None, scoring=scoring)[0].outputs == (value,)
+
+
+def test_windows_of_swde_leave_out_the_summary(tokenizer):
+    page = Document(
+        f"Page of ACME Press. {long_text(9, 20)}\n\nSummary of information above...\npublisher:", "ACME", "p2"
+    )
+    short = cut("swde", page, tokenizer, 2000)
+    assert short.text == page.text.split("\n\nSummary")[0]
 
 
 def test_contains_escapes_and_ignores_case():

@@ -88,6 +88,56 @@ def test_needles_lie_everywhere(needle_tokenizer):
     assert 0.35 < np.mean(depths) < 0.65
 
 
+def test_needles_stand_between_any_two_lines_alike(needle_tokenizer):
+    made = maker(needle_tokenizer, row_length=700, keys=[6, 6], digits=2)
+    depths = []
+    for index in range(60):
+        tokens, _ = documents(made.row(index))[0]
+        lines = needle_tokenizer.decode(tokens).split("\n")[1:-1]
+        needles = [i for i, line in enumerate(lines) if line.startswith("One of the special")]
+        assert len(needles) == 6
+        depths += [place / (len(lines) - 1) for place in needles]
+    # the mean of 360 numbers of a standard deviation below 0.35
+    assert abs(np.mean(depths) - 0.5) < 3 * 0.35 / 360**0.5
+
+
+def test_needles_stand_behind_sentences_of_a_text(needle_tokenizer, store):
+    made = maker(needle_tokenizer, store, haystacks=["text"], keys=[4, 4])
+    for index in range(20):
+        tokens, _ = documents(made.row(index))[0]
+        body = needle_tokenizer.decode(tokens).partition("\n")[2]
+        before = [body[: match.start()] for match in re.finditer("One of the special", body)]
+        assert len(before) == 4
+        assert all(text.rstrip()[-1:] in (".", "") for text in before)
+
+
+def test_what_does_not_fit_is_left_out_from_the_end(needle_tokenizer):
+    """Facts that nobody asks about go first; then the last question, and with it its fact."""
+    made = maker(needle_tokenizer, row_length=2000, noise="", keys=[1, 9], questions=[1, 6])
+
+    def read(seed, length):
+        tokens, _ = made._document(np.random.default_rng(seed), length)
+        assert len(tokens) <= length
+        text = needle_tokenizer.decode(tokens)
+        facts = re.findall(r"One of the special magic numbers for (.+?) is: \d{7}\.", text)
+        return facts, re.findall(r"What is the special magic number for (.+?) mentioned", text), len(tokens)
+
+    cut = 0
+    for seed in range(8):
+        facts, asked, size = all_facts, all_asked, _ = read(seed, 2000)
+        for length in range(size - 1, made.least, -7):
+            before, (facts, asked, size) = (facts, asked, size), read(seed, length)
+            assert asked == all_asked[: len(asked)]
+            assert set(asked) <= set(facts) <= set(all_facts)
+            spare = len(facts) - len(asked)
+            assert spare <= 1 if len(asked) < len(all_asked) else spare <= len(all_facts) - len(all_asked)
+            if before[2] <= length:
+                assert size == before[2], "what fits is kept"
+            cut += len(asked) < len(all_asked)
+        assert len(asked) < len(all_asked) or len(all_asked) == 1
+    assert cut > 50
+
+
 def test_rows_depend_on_seed_stage_and_index_only(needle_tokenizer, store):
     first = maker(needle_tokenizer, store, haystacks=["noise", "text"])
     again = maker(needle_tokenizer, store, haystacks=["noise", "text"])
