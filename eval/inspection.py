@@ -112,7 +112,7 @@ def split_text(tokenizer: Any, text: str, limit: int | None = None) -> Tokens:
         limit: most tokens to keep, from the beginning; None: all.
 
     Raises:
-        ValueError: the text has no tokens, or the limit is below 1.
+        ValueError: the text has no tokens, or the limit leaves none of them.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit: {limit} leaves no tokens; use 1 or more")
@@ -123,6 +123,9 @@ def split_text(tokenizer: Any, text: str, limit: int | None = None) -> Tokens:
         ids, special = ids[:-1], special[:-1]
     if not ids or all(special):
         raise ValueError("text: it has no tokens; give a text with at least one character")
+    if all(special[:limit]):
+        least = special.index(False) + 1
+        raise ValueError(f"limit: {limit} leaves only what the tokenizer adds to the text; use {least} or more")
     names = tokenizer.convert_ids_to_tokens(ids)
     if fast:
         texts = _texts_by_offset(text, encoded.offset_mapping[: len(ids)], special, names)

@@ -80,6 +80,8 @@ def test_special_tokens_keep_their_names():
     whole = split_text(tokenizer, "fox </s> fox")
     assert whole.special[-1] is False, "the end that the tokenizer adds is dropped, the text's own stays text"
     assert "".join(whole.texts[1:]) == "fox </s> fox"
+    with pytest.raises(ValueError, match="limit: 1 leaves only what the tokenizer adds to the text; use 2 or more"):
+        split_text(tokenizer, "fox </s> fox", limit=1)
 
 
 def test_tokenizer_without_offsets():
