@@ -127,6 +127,28 @@ def test_lifetimes_are_those_of_the_model(name, monkeypatch):
         assert lost.any(), "the budget must be at work"
 
 
+@pytest.mark.parametrize("policy", ["recency", "random", "key_norm", "delta_error", "h2o", "tova"])
+def test_tokens_that_a_policy_retained_are_shown(policy):
+    """What is said to be read at the end is what a cache holds there, and the page names who chose."""
+    model, tokenizer = small(retention=policy), make_tokenizer()
+    found = inspect_text(model, tokenizer, TEXT, limit=73, maps=False, progress=False)
+    cache = model.new_cache(1)
+    with torch.no_grad():
+        model(input_ids=torch.tensor([found.tokens.ids]), past_key_values=cache)
+    window = torch.arange(73 - 17, 73)
+    for record in found.layers:
+        assert record.logits_TH is None
+        for head, held in enumerate(cache.states[record.layer].kv.positions[0]):
+            ours = (record.end_TH[:, head] >= 73).nonzero().flatten()
+            assert len(ours) == 2 + 3 + 17
+            assert torch.equal(ours[-17:], window)
+            assert torch.equal(ours, held[held >= 0].sort().values)
+    assert page_json(render(found, model="m", text="t"))["policy"] == policy
+    for changes in ({"retention": "lte"}, {"retention": policy, "budget": 0}):
+        plain = inspect_text(small(**changes), tokenizer, TEXT, limit=73, maps=False, progress=False)
+        assert plain.policy is None
+
+
 def test_a_learned_sink_stands_in_front():
     model = small(sink_token="learnable")
     found = inspect_text(model, make_tokenizer(), TEXT, limit=40, progress=False)
