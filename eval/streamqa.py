@@ -172,12 +172,12 @@ def run_streamqa(
     write = conversation(tokenizer, answers, chat)
     write(questions[0], False)  # a template that doesn't work says so here
     out, rows, cells, answered = Path(out_dir), [], [], False
-    claim_folder(out, settings, resume=resume)
     with (
         retained(model, *((budget, retention) if own else (None, None))),
         evaluating(model),
         tqdm(total=len(questions) * len(systems), disable=not progress) as bar,
     ):
+        claim_folder(out, settings, resume=resume)
         for system in systems:
             bar.set_description(system)
             dealt = [range(first, len(questions), streams) for first in range(min(streams, len(questions)))]
