@@ -143,7 +143,8 @@ def run_streamqa(
     """
     own = hasattr(model, "new_cache")
     systems = list(systems or (("own", "one-shot") if own else SYSTEMS[1:]))
-    for name, value in (("sinks", sinks), ("window", window)):
+    of_streams = {"sinks": sinks, "window": window} | ({} if own else {"budget": budget, "retention": retention})
+    for name, value in of_streams.items():
         if value is not None and not {"window", "streaming"} & set(systems):
             raise ValueError(f"{name}: {value} is of the systems window and streaming; leave {name} out")
     sinks, window = slots(sinks, window)

@@ -180,6 +180,8 @@ def test_what_can_not_be_run(tokenizer, tmp_path):
         ({"systems": ["dense", "dense"]}, "each once"),
         ({"systems": ["own"]}, "LlamaForCausalLM has no cache of its own"),
         ({"systems": ["dense"], "window": 9}, "window: 9 is of the systems window and streaming; leave window out"),
+        ({"systems": ["dense"], "budget": 3}, "budget: 3 is of the systems window and streaming; leave budget out"),
+        ({"systems": ["one-shot"], "retention": "h2o"}, "retention: h2o is of the systems window and streaming"),
         ({"answers": "number"}, "answers: 'number'"),
         ({"chat": True}, "no chat template"),
         ({"samples": 0}, "samples: 0"),
