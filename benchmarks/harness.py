@@ -242,6 +242,7 @@ class Bench:
         self.rows: list[dict[str, Any]] = []
         self.unavailable: list[dict[str, str]] = []
         self.skipped: list[str] = []
+        self.offered: dict[str, set[str]] = {}
         self.notes: dict[str, Any] = {}
         self.head = self._head()
         self.path = Path(args.out) if args.out else RESULTS / slug(self.head["device"]) / f"{name}.json"
@@ -293,6 +294,7 @@ class Bench:
         Systems that are finished in the result file, ruled out by options or beyond the time limit are left out.
         """
         wanted = self.args.systems.split(",") if self.args.systems else None
+        self.offered[case] = set(systems)
         if self.args.cases and self.args.cases not in case:
             return
         for system, run in systems.items():
@@ -327,12 +329,19 @@ class Bench:
         write_json(self.path, {**self.head, **more, "rows": self.rows}, overwrite=True)
 
     def finish(self) -> int:
-        """Write, print the table; exit status 1 if ours failed anywhere."""
+        """Write, print the table; exit status 1 if ours failed anywhere. Raises: ValueError for names of nothing."""
         self.write()
         print(table(self.rows, self.unavailable))
         for name in self.skipped:
             print(f"skipped, the time was over: {name}")
         say(f"{self.path}")
+        names = sorted(set().union(*self.offered.values()))
+        if unknown := set(self.args.systems.split(",") if self.args.systems else ()) - set(names):
+            raise ValueError(
+                f"--systems {','.join(sorted(unknown))}: none has that name; there are {', '.join(names)}"
+            )
+        if self.args.cases and not any(self.args.cases in case for case in self.offered):
+            raise ValueError(f"--cases {self.args.cases}: no name contains it; there are {', '.join(self.offered)}")
         return int(any(u["system"] == OURS for u in self.unavailable))
 
 

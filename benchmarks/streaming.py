@@ -100,6 +100,10 @@ class Settings:
             start = length + self.steps + WARM_UP
         if self.model is not None and self.text is None:
             raise ValueError("text: none given; name a text file for the model to read")
+        if self.model is None and self.text is not None:
+            raise ValueError(
+                f"text: {self.text} can't be read by the random small model, which has no tokenizer; give --model"
+            )
 
     def rule(self, system: str, size: int) -> dict[str, Any]:
         """Arguments of `stream` for a system with a cache of `size` tokens."""

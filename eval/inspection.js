@@ -6,6 +6,7 @@ const data = JSON.parse($("data").textContent);
 const length = data.tokens.length;
 const window_ = data.window === null ? Infinity : data.window;
 const hasScorer = data.layers.some((layer) => layer.logits !== null);
+const retains = hasScorer || data.policy !== null;
 const KINDS = [
   ["not read yet", "lies behind the position"],
   ["sink", `one of the first ${data.sinks} tokens, which always stay`],
@@ -15,7 +16,12 @@ const KINDS = [
   ["evicted later", "was retained, until tokens of higher score took all the slots"],
 ];
 if (data.window === null) KINDS[2][1] = "every token: attention is full";
-if (!hasScorer) KINDS[4][1] = "has left the window; nothing is retained";
+if (!retains) KINDS[4][1] = "has left the window; nothing is retained";
+if (data.policy !== null) {
+  KINDS[3][1] = `has left the window; it holds one of the head's slots, given by ${data.policy}`;
+  KINDS[4][1] = "was lost with the window: tokens of higher rank held all the slots";
+  KINDS[5][1] = "was retained, until tokens of higher rank took all the slots";
+}
 const [FUTURE, SINK, WINDOW, RETAINED, EVICTED, LOST] = KINDS.keys();
 
 // ---- numbers ----
@@ -49,7 +55,7 @@ const layers = data.layers.map((layer) => {
 });
 const most = Math.max(1, ...layers.flatMap((l) => l.heads.map((h) => h.counts.reduce((a, b) => Math.max(a, b), 0))));
 // the budget is the charts' top, unless the counts would be flat under it
-const budgetFits = hasScorer && data.budget > 0 && data.budget <= 2 * most;
+const budgetFits = retains && data.budget > 0 && data.budget <= 2 * most;
 const highest = budgetFits ? Math.max(most, data.budget) : most;
 
 function kindOf(j, position, end) {
@@ -117,7 +123,8 @@ const layerButtons = [], headButtons = [], barButtons = [], spans = [], bases = 
 function buildAbout() {
   const rule = data.window === null ? "full attention"
     : `${data.sinks} sinks, a window of ${data.window} tokens, ` +
-      (hasScorer ? `${data.budget} retained tokens per head` : "nothing retained");
+      (retains ? `${data.budget} retained tokens per head` : "nothing retained") +
+      (data.policy === null ? "" : `, chosen by ${data.policy}`);
   const cut = data.total > length ? ` (the first of ${data.total})` : "";
   const others = data.layer_types.filter((kind) => kind !== "attention").length;
   $("about").textContent = `${data.model} read ${length} tokens${cut} of ${data.text}. ${layers.length} attention layers: ` +
@@ -149,7 +156,7 @@ function buildLegend() {
     const sample = () => element("i", { className: `t s${kind}` }, "abc");
     legendCounts[kind] = element("b");
     const entry = element("li", { title: KINDS[kind][1] }, sample(), `${KINDS[kind][0]} `, legendCounts[kind]);
-    if (kind === LOST && !hasScorer || kind === RETAINED && !hasScorer) entry.hidden = true;
+    if (kind === LOST && !retains || kind === RETAINED && !retains) entry.hidden = true;
     $("legend").append(entry);
     if (!entry.hidden) $("meanings").append(element("dt", {}, sample(), KINDS[kind][0]), element("dd", {}, KINDS[kind][1]));
   }

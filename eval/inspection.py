@@ -1,15 +1,16 @@
 """What a model kept of a text: each token's retention logit and lifetime, per attention layer and KV head.
 
-The model reads the text as it always does, in its parallel form with the budget enforced; hooks note what the scorers
-answer. Attention maps come out of the mixers too: where every value is replaced by the indicator of a stretch of the
-text, a mixer's output is the share of attention that the stretch gets.
+The model reads the text as it always does, in its parallel form with the budget enforced; noted are what the scorers
+answer, and how long the mixers then let each token be read. Attention maps come out of the mixers too: where every
+value is replaced by the indicator of a stretch of the text, a mixer's output is the share of attention that the
+stretch gets.
 
 Shapes: B rows, T tokens, C hidden size, N query heads, H KV heads, D head dimension, R rows and columns of a map.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lte.visibility import lifetimes
+from lte.policies import POLICIES
 from models.attention import RetainedAttention
 from models.mixer import Context
 
@@ -86,6 +87,7 @@ class Inspection:
     Attributes:
         pieces: short pieces averaged in `AttentionMaps.pieces_NRR`.
         maps: one entry an attention layer; empty without maps.
+        policy: what chose the retained tokens in place of a scorer (lte/policies.py); None: a scorer, or none are.
     """
 
     tokens: Tokens
@@ -98,6 +100,7 @@ class Inspection:
     layers: list[LayerRecord]
     pieces: int = 0
     maps: list[AttentionMaps] = field(default_factory=list)
+    policy: str | None = None
 
 
 # ---- the text ----
@@ -112,7 +115,7 @@ def split_text(tokenizer: Any, text: str, limit: int | None = None) -> Tokens:
         limit: most tokens to keep, from the beginning; None: all.
 
     Raises:
-        ValueError: the text has no tokens, or the limit is below 1.
+        ValueError: the text has no tokens, or the limit leaves none of them.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit: {limit} leaves no tokens; use 1 or more")
@@ -123,6 +126,9 @@ def split_text(tokenizer: Any, text: str, limit: int | None = None) -> Tokens:
         ids, special = ids[:-1], special[:-1]
     if not ids or all(special):
         raise ValueError("text: it has no tokens; give a text with at least one character")
+    if all(special[:limit]):
+        least = special.index(False) + 1
+        raise ValueError(f"limit: {limit} leaves only what the tokenizer adds to the text; use {least} or more")
     names = tokenizer.convert_ids_to_tokens(ids)
     if fast:
         texts = _texts_by_offset(text, encoded.offset_mapping[: len(ids)], special, names)
@@ -152,10 +158,12 @@ def _texts_by_offset(
 
 @dataclass
 class _Seen:
-    """One forward pass of an attention layer: its input, its context, and what the scorer answered."""
+    """One forward pass of an attention layer: its input, its context, the ends of its tokens' lives [B, T, H], and
+    what the scorer answered."""
 
     x_BTC: Tensor
     context: Context
+    end_BTH: Tensor | None = None
     logits_BTH: Tensor | None = None
 
 
@@ -191,7 +199,7 @@ def _hooks(*handles: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def _read(model: Any, ids_BT: Tensor) -> dict[int, _Seen]:
-    """One parallel forward pass; what went into each attention layer and came out of its scorer."""
+    """One parallel forward pass; of each attention layer its input, its scorer's answer, and its tokens' ends."""
     seen: dict[int, _Seen] = {}
     mixers = attention_layers(model)
     scorers = {id(s): s for s in (model.model.shared_scorer, *(m.scorer for m in mixers.values())) if s is not None}
@@ -205,28 +213,27 @@ def _read(model: Any, ids_BT: Tensor) -> dict[int, _Seen]:
     def note_logits(_module: nn.Module, _args: tuple, logits_BTH: Tensor) -> None:
         seen[max(seen)].logits_BTH = logits_BTH  # of the layer that runs now: layers run in order
 
+    def note_end(layer: int, attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def noted(q: Tensor, k: Tensor, v: Tensor, end_BTH: Tensor, *args: Any, **options: Any) -> Tensor:
+            seen[layer].end_BTH = end_BTH
+            return attend(q, k, v, end_BTH, *args, **options)
+
+        return noted
+
     handles = [mixer.register_forward_pre_hook(note_input(layer)) for layer, mixer in mixers.items()]
     handles += [scorer.register_forward_hook(note_logits) for scorer in scorers.values()]
-    with _hooks(*handles):
+    with _hooks(*handles), ExitStack() as stack:
+        for layer, mixer in mixers.items():
+            # scorer, policy or neither: the ends that a mixer reads by are the ones to show
+            mixer._attend = note_end(layer, mixer._attend)
+            stack.callback(delattr, mixer, "_attend")
         model.model(input_ids=ids_BT.to(model.device), use_cache=False)
     return seen
 
 
-def _record(layer: int, mixer: RetainedAttention, seen: _Seen) -> LayerRecord:
-    batch, length = seen.x_BTC.shape[:2]
-    end_BTH = lifetimes(
-        seen.logits_BTH,
-        batch=batch,
-        length=length,
-        heads=mixer.kv_heads,
-        window=mixer.window,
-        sinks=mixer.sinks,
-        budget=mixer.budget,
-        layout=seen.context,
-        device=seen.x_BTC.device,
-    )
+def _record(layer: int, seen: _Seen) -> LayerRecord:
     logits_TH = seen.logits_BTH[0].float().cpu() if seen.logits_BTH is not None else None
-    return LayerRecord(layer, logits_TH, end_BTH[0].cpu())
+    return LayerRecord(layer, logits_TH, seen.end_BTH[0].cpu())
 
 
 @torch.no_grad()
@@ -323,7 +330,7 @@ def inspect_text(
         short = _read(model, pieces_BT) if maps else {}
         for layer in tqdm(mixers, desc="attention layers", disable=not progress, unit="layer"):
             mixer = mixers[layer]
-            layers.append(_record(layer, mixer, whole[layer]))
+            layers.append(_record(layer, whole[layer]))
             if maps:
                 found.append(AttentionMaps(layer, _pieces_map(mixer, short[layer]), _text_map(mixer, whole[layer])))
     return Inspection(
@@ -335,4 +342,5 @@ def inspect_text(
         layers=layers,
         pieces=len(pieces_BT) if maps else 0,
         maps=found,
+        policy=any_mixer.retention if any_mixer.retention in POLICIES and rule["budget"] else None,
     )

@@ -15,7 +15,7 @@ function buildBars() {
     });
     $("bars").append(element("div", { className: "line" }, element("span", {}, `L${layer.number}`), line));
   });
-  const limit = hasScorer ? `; a full bar is ${highest} tokens, the budget ${data.budget}` : "";
+  const limit = retains ? `; a full bar is ${highest} tokens, the budget ${data.budget}` : "";
   $("bars").append(element("p", { className: "hint" }, `One row a layer, one bar a KV head${limit}.`));
 }
 

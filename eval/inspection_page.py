@@ -144,6 +144,7 @@ def page_data(inspection: Inspection, *, model: str, text: str, position: int) -
         "window": inspection.window,
         "sinks": inspection.sinks,
         "budget": inspection.budget,
+        "policy": inspection.policy,
         "layers": [_layer(record) for record in inspection.layers],
         "pieces": inspection.pieces,
         "piece_tokens": inspection.maps[0].pieces_NRR.shape[-1] if inspection.maps else PIECE_TOKENS,

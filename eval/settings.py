@@ -158,6 +158,8 @@ def resolve(kind: type[T], args: argparse.Namespace, needed: Sequence[str] = ("m
     for name in needed:
         if not getattr(config, name):
             raise ValueError(f"{name}: missing; give --{name.replace('_', '-')}")
+    if getattr(config, "out", None):
+        config.out = str(Path(config.out).expanduser())  # no shell does it in a file, or after --out=
     return config
 
 

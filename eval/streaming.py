@@ -207,3 +207,5 @@ def load_cache(model: Any, cache: Any, path: Path, position: int) -> None:
         return
     for number in range(len(found) // 2):
         cache.update(found[f"keys.{number}"], found[f"values.{number}"], number)
+        if hasattr(cache.layers[number], "cumulative_length"):  # a sliding window has read more than it holds
+            cache.layers[number].cumulative_length = position

@@ -143,7 +143,8 @@ def run_streamqa(
     """
     own = hasattr(model, "new_cache")
     systems = list(systems or (("own", "one-shot") if own else SYSTEMS[1:]))
-    for name, value in (("sinks", sinks), ("window", window)):
+    of_streams = {"sinks": sinks, "window": window} | ({} if own else {"budget": budget, "retention": retention})
+    for name, value in of_streams.items():
         if value is not None and not {"window", "streaming"} & set(systems):
             raise ValueError(f"{name}: {value} is of the systems window and streaming; leave {name} out")
     sinks, window = slots(sinks, window)
@@ -172,12 +173,12 @@ def run_streamqa(
     write = conversation(tokenizer, answers, chat)
     write(questions[0], False)  # a template that doesn't work says so here
     out, rows, cells, answered = Path(out_dir), [], [], False
-    claim_folder(out, settings, resume=resume)
     with (
         retained(model, *((budget, retention) if own else (None, None))),
         evaluating(model),
         tqdm(total=len(questions) * len(systems), disable=not progress) as bar,
     ):
+        claim_folder(out, settings, resume=resume)
         for system in systems:
             bar.set_description(system)
             dealt = [range(first, len(questions), streams) for first in range(min(streams, len(questions)))]

@@ -282,6 +282,20 @@ def test_what_fails_is_recorded_with_its_reason(tmp_path, capsys):
     assert "not available: peer: OutOfMemoryError" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"systems": "lalte,per"}, "--systems per: none has that name; there are lalte, peer"),
+        ({"cases": "B4"}, "--cases B4: no name contains it; there are case B2"),
+    ],
+)
+def test_what_nothing_is_called_is_named(asked, message, tmp_path):
+    bench = harness.Bench("x", options(out=str(tmp_path / "x.json"), **asked), {})
+    bench.run_case("case B2", {"lalte": lambda: None, "peer": lambda: None})
+    with pytest.raises(ValueError, match=message):
+        bench.finish()
+
+
 def test_the_table_compares_within_a_case_and_metric():
     rows = [harness.row("a", s, "ms", x, x, x, 1) for s, x in (("peer", 3.0), ("lalte", 2.0))]
     rows += [harness.row("b", "peer", "ms", 8.0, 8.0, 8.0, 1)]

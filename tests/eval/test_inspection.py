@@ -80,6 +80,8 @@ def test_special_tokens_keep_their_names():
     whole = split_text(tokenizer, "fox </s> fox")
     assert whole.special[-1] is False, "the end that the tokenizer adds is dropped, the text's own stays text"
     assert "".join(whole.texts[1:]) == "fox </s> fox"
+    with pytest.raises(ValueError, match="limit: 1 leaves only what the tokenizer adds to the text; use 2 or more"):
+        split_text(tokenizer, "fox </s> fox", limit=1)
 
 
 def test_tokenizer_without_offsets():
@@ -123,6 +125,28 @@ def test_lifetimes_are_those_of_the_model(name, monkeypatch):
     if found.layers[0].logits_TH is not None:
         lost = (found.layers[0].end_TH < 73) & (found.layers[0].logits_TH > 0)
         assert lost.any(), "the budget must be at work"
+
+
+@pytest.mark.parametrize("policy", ["recency", "random", "key_norm", "delta_error", "h2o", "tova"])
+def test_tokens_that_a_policy_retained_are_shown(policy):
+    """What is said to be read at the end is what a cache holds there, and the page names who chose."""
+    model, tokenizer = small(retention=policy), make_tokenizer()
+    found = inspect_text(model, tokenizer, TEXT, limit=73, maps=False, progress=False)
+    cache = model.new_cache(1)
+    with torch.no_grad():
+        model(input_ids=torch.tensor([found.tokens.ids]), past_key_values=cache)
+    window = torch.arange(73 - 17, 73)
+    for record in found.layers:
+        assert record.logits_TH is None
+        for head, held in enumerate(cache.states[record.layer].kv.positions[0]):
+            ours = (record.end_TH[:, head] >= 73).nonzero().flatten()
+            assert len(ours) == 2 + 3 + 17
+            assert torch.equal(ours[-17:], window)
+            assert torch.equal(ours, held[held >= 0].sort().values)
+    assert page_json(render(found, model="m", text="t"))["policy"] == policy
+    for changes in ({"retention": "lte"}, {"retention": policy, "budget": 0}):
+        plain = inspect_text(small(**changes), tokenizer, TEXT, limit=73, maps=False, progress=False)
+        assert plain.policy is None
 
 
 def test_a_learned_sink_stands_in_front():

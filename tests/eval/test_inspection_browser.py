@@ -5,6 +5,7 @@ Shapes: T tokens, H KV heads.
 
 import re
 import shutil
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -308,6 +309,18 @@ def test_models_without_a_scorer(show, window):
     assert shown.count("window") == (17 if window else 58)
     assert "none: the layer has no scorer" in browser.find_element("id", "token").text
     assert "NSA" in browser.find_element("id", "about").text
+
+
+def test_tokens_that_a_policy_retained(show):
+    found = made(["a"] * 60)
+    layers = [replace(layer, logits_TH=None) for layer in found.layers]
+    browser = show(replace(found, layers=layers, policy="h2o"))
+    frame(browser)
+    kept = (found.layers[0].end_TH[2 : 60 - 17, 0] == 60).sum()
+    assert kinds_shown(browser).count("retained") == kept > 0
+    assert "5 retained tokens per head, chosen by h2o" in browser.find_element("id", "about").text
+    assert "slots, given by h2o" in browser.find_element("id", "meanings").text
+    assert "the budget 5" in browser.find_element("id", "bars").text
 
 
 def test_dark_and_light(show, sample):

@@ -410,6 +410,13 @@ def test_command_line_over_file_over_defaults(tmp_path):
     assert (config.lengths, config.batch_size, config.resume) == ([5, 6], 8, False)
 
 
+def test_a_home_in_a_file_is_the_one_of_the_shell(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = tmp_path / "c.yaml"
+    file.write_text("model: ~/m\nout: ~/runs/niah\n")
+    assert resolve(niah_cli.NiahConfig, parse("--config", str(file))).out == str(tmp_path / "runs/niah")
+
+
 def test_the_shipped_config_is_the_default():
     shipped = resolve(niah_cli.NiahConfig, parse("--model", "m", "--out", "o", "--config", "configs/eval/niah.yaml"))
     assert shipped == niah_cli.NiahConfig(model="m", out="o")

@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import MistralConfig, MistralForCausalLM
 
 from eval import perplexity_cli, streameval_cli
 from eval.intervals import Moments
@@ -118,10 +119,18 @@ def test_the_interval_covers_the_truth():
     assert 180 <= held <= 199
 
 
+def make_mistral():
+    """Random, and each of its layers reads 50 keys."""
+    torch.manual_seed(0)
+    fields = {name: value for name, value in make_llama().config.to_dict().items() if name != "model_type"}
+    return MistralForCausalLM(MistralConfig(**fields | {"sliding_window": 50})).eval()
+
+
 CASES = {
     "lalte": (lambda: make_model("lalte", **LALTE), {}),
     "lalte, growing cache": (lambda: make_model("gdn-full", **LALTE), {}),
     "llama, full cache": (make_llama, {"cache": "full"}),
+    "mistral, full cache of a sliding window": (make_mistral, {"cache": "full"}),
     "llama, streaming cache": (make_llama, {"cache": "stream", "sinks": 2, "window": 61}),
     "llama, retaining cache": (
         make_llama,

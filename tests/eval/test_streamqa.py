@@ -180,6 +180,8 @@ def test_what_can_not_be_run(tokenizer, tmp_path):
         ({"systems": ["dense", "dense"]}, "each once"),
         ({"systems": ["own"]}, "LlamaForCausalLM has no cache of its own"),
         ({"systems": ["dense"], "window": 9}, "window: 9 is of the systems window and streaming; leave window out"),
+        ({"systems": ["dense"], "budget": 3}, "budget: 3 is of the systems window and streaming; leave budget out"),
+        ({"systems": ["one-shot"], "retention": "h2o"}, "retention: h2o is of the systems window and streaming"),
         ({"answers": "number"}, "answers: 'number'"),
         ({"chat": True}, "no chat template"),
         ({"samples": 0}, "samples: 0"),
@@ -190,7 +192,11 @@ def test_what_can_not_be_run(tokenizer, tmp_path):
             run_streamqa(model, tokenizer, QUESTIONS, tmp_path / "out", progress=False, **how)
     with pytest.raises(ValueError, match=r"systems: window needs another cache, .* its own; use own or one-shot"):
         run_streamqa(Rememberer(9), tokenizer, QUESTIONS, tmp_path / "out", systems=["window"], progress=False)
-    assert not (tmp_path / "out").exists()
+    ours = make_model("lalte", vocab_size=400)
+    for how in ({"budget": -1}, {"retention": "h3o"}):
+        with pytest.raises(ValueError, match=f"{next(iter(how))}[:=]"):
+            run_streamqa(ours, tokenizer, QUESTIONS, tmp_path / "out", progress=False, **how)
+    assert not (tmp_path / "out").exists(), "a folder that is claimed would refuse the run as it was meant"
 
 
 def test_the_command(tmp_path, tokenizer):

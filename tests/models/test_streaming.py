@@ -503,6 +503,7 @@ def test_benchmark_writes_a_result_once_and_continues_it(tmp_path, monkeypatch):
         ({"budget": 6}, "budget: 6 has no policy"),
         ({"retention": ("lte",)}, "retention='lte'"),
         ({"model": "somewhere"}, "text: none given"),
+        ({"text": "book.txt"}, "text: book.txt can't be read by the random small model"),
         ({"model": "somewhere", "text": "/nowhere.txt"}, "nowhere.txt can't be read"),
     ],
 )
