@@ -16,6 +16,7 @@ from training.data import DataConfig, StageConfig, StepBatches, TrainingRows, pl
 from training.rows import IGNORED, collate
 from training.sources import SourceConfig
 from training.store import ABANDONED, TokenStore, open_store
+from training.streams import LaneReader
 from training.tokenizer import check_vocabulary
 from training.wording import NeedleConfig
 
@@ -35,6 +36,15 @@ def make_rows(tokenizer, text_file, *, rank=0, world=1, steps=4, seed=5, needles
 
 def all_keys(rows, **fields):
     return [key for batch in StepBatches(rows.stages, accumulation=1, **fields) for key in batch]
+
+
+def test_lanes_go_on_when_another_is_sent_back(text_file, texts):
+    reader = LaneReader(SourceConfig(path=str(text_file), separator=SEPARATOR), "s", [0, 1], 2)
+    assert reader.take(0, 3) == texts[0:6:2]
+    assert reader.take(1, 4) == texts[1:9:2]
+    reader.seek(0, 0, 1)
+    assert reader.take(1, 2) == texts[9:13:2]
+    assert reader.take(0, 4) == texts[2:10:2]
 
 
 @pytest.mark.parametrize("split", [True, False])
