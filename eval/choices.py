@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from models.files import read_text_file
 
 from .streaming import texts_identity
 
@@ -62,14 +62,13 @@ def _question(record: Any, where: str) -> Question:
 def _records(path: Path) -> Iterable[tuple[str, Any]]:
     """JSON lines, or one JSON list; plain or .gz."""
     try:
-        data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
+        text = read_text_file(path)
         if text.lstrip().startswith("["):
             return [(f"{path}: entry {number}", record) for number, record in enumerate(json.loads(text))]
         # only the line feed ends a line: str.splitlines would also cut inside JSON strings
         lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
         return [(f"{path}: line {number}", json.loads(line)) for number, line in lines]
-    except (OSError, EOFError, zlib.error, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"data: {path} can't be read ({error}); give JSON or JSON lines, plain or .gz") from error
 
 

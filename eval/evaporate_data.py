@@ -10,12 +10,13 @@ import gzip
 import json
 import random
 import re
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from models.files import read_text_file
 
 from .results import write_bytes
 
@@ -49,9 +50,8 @@ class Document:
 
 def _open_text(path: Path) -> str:
     try:
-        data = path.read_bytes()
-        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        return read_text_file(path)
+    except ValueError as error:
         raise ValueError(f"{path}: can't be read ({error}); give a UTF-8 file, plain or .gz") from error
 
 

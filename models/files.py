@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,3 +53,16 @@ def decode_text(data: bytes, name: str) -> str:
     except UnicodeDecodeError as error:
         byte = f"byte {error.start} is 0x{data[error.start]:02x}"
         raise ValueError(f"{name} is not UTF-8: {byte}; convert it to UTF-8") from None
+
+
+def read_text_file(path: Path) -> str:
+    """A whole UTF-8 file, plain or .gz, without a byte order mark.
+
+    Raises:
+        ValueError: the reason why it can't be read; the caller names the file.
+    """
+    try:
+        data = path.read_bytes()
+        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise ValueError(str(error)) from error

@@ -1,12 +1,13 @@
 """What happens around an optimizer step: the control of the retention penalty, the log file, the progress bar."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from models.files import atomic_path
 
 
 class RetentionCallback(TrainerCallback):
@@ -94,6 +95,5 @@ def drop_after(file: Path, step: int) -> None:
             continue
         if entry.get("step", 0) <= step:
             kept.append(line + "\n")
-    work = file.with_name(file.name + ".partial")
-    work.write_text("".join(kept), encoding="utf-8")
-    os.replace(work, file)
+    with atomic_path(file) as work:
+        work.write_text("".join(kept), encoding="utf-8")

@@ -2,7 +2,6 @@
 
 import difflib
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from models.files import atomic_path
 from training.data import DataConfig, StageConfig
 from training.tokenizer import TokenizerConfig
 from training.wording import NeedleConfig
@@ -77,7 +77,8 @@ class CheckpointConfig:
 
 @dataclass
 class LogConfig:
-    """every: optimizer steps between log entries. tensorboard: write event files to the run's folder `tensorboard`.
+    """every: optimizer steps between log entries (the last step always has one). tensorboard: write event files to the
+    run's folder `tensorboard`.
 
     report_to: further reporting integrations of transformers: wandb, trackio. progress: show a progress bar.
     peak_tflops: what the device can do in bfloat16, for the MFU; null: looked up by its name (training/flops.py).
@@ -300,12 +301,8 @@ def as_yaml(config: TrainConfig) -> str:
 
 def save_config(config: TrainConfig, path: Path) -> None:
     """Write the resolved configuration as YAML, whole or not at all: a run with half of it would be another one."""
-    part = path.with_name(f".{path.name}.part")
-    try:
+    with atomic_path(path) as part:
         part.write_text(as_yaml(config), encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def difference(old: Path, config: TrainConfig) -> str | None:
