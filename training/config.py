@@ -77,8 +77,8 @@ class CheckpointConfig:
 
 @dataclass
 class LogConfig:
-    """every: optimizer steps between log entries (the last step always has one). tensorboard: write event files to the
-    run's folder `tensorboard`.
+    """every: optimizer steps between log entries (the last step always has one). tensorboard: write event files to
+    the run's folder `tensorboard`.
 
     report_to: further reporting integrations of transformers: wandb, trackio. progress: show a progress bar.
     peak_tflops: what the device can do in bfloat16, for the MFU; null: looked up by its name (training/flops.py).
