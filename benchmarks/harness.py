@@ -381,6 +381,8 @@ def build_model(config: Any, device: torch.device, dtype: torch.dtype, seed: int
     """A model with random weights made on the device; what must be float32 (decays, λ) stays so."""
     from transformers import AutoModelForCausalLM
 
+    import models.auto  # noqa: F401 - registers the classes of ours
+
     torch.manual_seed(seed)
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -392,8 +394,3 @@ def model_config(system: str, size: str, **changes: Any) -> Any:
 
     folder = Path(__file__).parent.parent / "configs" / "models"
     return load_config(folder / f"{system}-{size}.json", changes)
-
-
-def weight_bytes(model: Any) -> int:
-    """Bytes of all parameters, tied ones once."""
-    return sum(p.nbytes for p in model.parameters())

@@ -2,8 +2,11 @@
 
 import argparse
 import json
+import subprocess
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,8 @@ import torch
 from benchmarks import attention, coldstart, cost, decode, harness, prefill, scaling, serving, train
 from eval.results import METRICS, read_json
 from tests.tiny_models import make_ids, make_model
+
+ROOT = Path(__file__).parents[2]
 
 
 def run(module, tmp_path, *options, quick=True):
@@ -33,6 +38,15 @@ def options(**values):
     for name, value in {"device": "cpu", **values}.items():
         setattr(args, name, value)
     return args
+
+
+def test_models_are_built_in_a_process_that_imported_nothing_else():
+    code = (
+        "import torch; from benchmarks.harness import build_model, model_config;"
+        "print(type(build_model(model_config('lalte', 'tiny'), torch.device('cpu'), torch.float32)).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "HybridForCausalLM", done.stderr
 
 
 @pytest.mark.parametrize(
