@@ -4,7 +4,7 @@
     python -m benchmarks.small_tables runs/small-eval runs/small-1-eval runs/small-2-eval --out results/small
 
 A folder has one folder a model, with one for each of its evaluations. The first makes all tables; further ones, of
-the same models trained from other seeds, join it in seeds.md.
+the same models trained from other seeds, join it in seeds.md, and have a folder of their own.
 """
 
 from __future__ import annotations
@@ -128,6 +128,23 @@ def answers_table(runs: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write_notes(runs: Path, copies: dict[str, Path], out: Path, overwrite: bool) -> None:
+    """OUT/kept.md, what the scorers retained, and OUT/answers.md, the forms of answers, as far as they were measured.
+
+    Args:
+        runs: folder of the models' folders, whose samples have the answers.
+        copies: result files by `NAME.EVALUATION`.
+    """
+    from eval import retained
+    from eval.results import read_json, write_bytes
+
+    labels = sorted((label for label in copies if ".retained-" in label), key=place_of)
+    kept = [f"## {split_label(label)[0]}\n\n{retained.table(read_json(copies[label])['shares'])}" for label in labels]
+    for name, text in (("kept.md", "\n".join(kept)), ("answers.md", answers_table(runs))):
+        if text:
+            write_bytes(out / name, text.encode(), overwrite=overwrite)
+
+
 def seeds_table(results: Sequence[dict[str, Path]]) -> str:
     """Means over seeds of accuracies and perplexities, with the least and the most, as Markdown.
 
@@ -160,36 +177,35 @@ def table(runs: Path, out: Path, overwrite: bool, other_seeds: Sequence[Path] = 
     """Results, tables and figures of all models that were evaluated into folders of `runs`.
 
     Args:
-        other_seeds: folders like `runs`; their results go to OUT/seed-1 and so on.
+        other_seeds: folders like `runs`; their results, kept.md and answers.md go to OUT/seed-1 and so on.
 
     Raises:
         ValueError: a folder without results, or a file exists and `overwrite` is off.
     """
-    from eval import retained
     from eval.compare import compare
-    from eval.results import read_json, write_bytes
+    from eval.results import write_bytes
 
     copies = collect(runs, out, overwrite)
-    members, memory, kept = [], [], []
+    members, memory = [], []
     for label, file in sorted(copies.items(), key=lambda copy: place_of(copy[0])):
         member, change = split_label(label)
         if ".retained-" in label:
-            kept.append(f"## {member}\n\n{retained.table(read_json(file)['shares'])}")
             continue
         if not change or change == f"{BUDGET}0":
             members.append(f"{member}{'-' + change if change else ''}={file}")
         if change:
             memory.append(f"{member}-{change}={file}")
     compare(members, out / "members", overwrite=overwrite)
-    if memory:
+    # budget 0 alone stands among the members
+    if any(split_label(label)[1] not in ("", f"{BUDGET}0") for label in copies):
         compare(memory, out / "memory", overwrite=overwrite)
         memory_figures(copies, out / "memory", overwrite)
-    if kept:
-        write_bytes(out / "kept.md", "\n".join(kept).encode(), overwrite=overwrite)
-    if answers := answers_table(runs):
-        write_bytes(out / "answers.md", answers.encode(), overwrite=overwrite)
-    if other_seeds:
-        seeds = [collect(folder, out / f"seed-{i}", overwrite) for i, folder in enumerate(other_seeds, start=1)]
+    write_notes(runs, copies, out, overwrite)
+    seeds = []
+    for i, folder in enumerate(other_seeds, start=1):
+        seeds.append(collect(folder, out / f"seed-{i}", overwrite))
+        write_notes(folder, seeds[-1], out / f"seed-{i}", overwrite)
+    if seeds:
         write_bytes(out / "seeds.md", seeds_table([copies, *seeds]).encode(), overwrite=overwrite)
 
 
