@@ -113,6 +113,23 @@ def _eval_arguments(parser: argparse.ArgumentParser) -> None:
     _add_commands(parser, EVALUATIONS, "EVALUATION")
 
 
+def _answers_arguments(parser: argparse.ArgumentParser) -> None:
+    from eval.answers_cli import add_arguments
+
+    add_arguments(parser)
+
+
+def _answers(args: argparse.Namespace) -> int:
+    from eval.answers_cli import run_from_arguments
+
+    def make(*given: Any, **options: Any) -> Any:
+        from training.held_out import HeldOutDocuments
+
+        return HeldOutDocuments(*given, **options)
+
+    return run_from_arguments(args, make)
+
+
 # ---- lalte bench ----
 
 
@@ -195,6 +212,9 @@ EVALUATIONS = {
     "streameval": _command_of("eval.streameval_cli", "an endless record: is a line from before still known?"),
     "streamqa": _command_of("eval.streamqa_cli", "an endless row of questions: are they answered right?"),
     "retained": _command_of("eval.retained_cli", "what the scorer keeps: the share of needle tokens retained"),
+    "answers": Command(
+        "needle documents like those of the training: are they answered?", _answers_arguments, _answers
+    ),
     "compare": _command_of("eval.compare_cli", "join the results of several runs into one table and figures"),
 }
 BENCHMARKS = {

@@ -43,6 +43,7 @@ class SmallConfig:
     text: list[str] = field(default_factory=list)
     rows: list[int] = field(default_factory=lambda: [2048])
     tokens: int = 250_000
+    answers: int = 0
     budgets: list[int] = field(default_factory=list)
     policies: list[str] = field(default_factory=list)
     memory_tasks: list[str] = field(default_factory=list)
@@ -155,6 +156,21 @@ def needle_jobs(
             yield f"{prefix}niah-{kind}", job
 
 
+def answers_job(model: Any, tokenizer: Any, config: SmallConfig, budget: int | None = None) -> Job:
+    """`lalte eval answers`, by the recipe that is kept in the run's folder."""
+    from eval.answers import run_answers
+    from eval.answers_cli import kept_recipe
+    from training.held_out import HeldOutDocuments
+
+    def job(out: Path) -> Any:
+        rows = {"rows": config.answers, "seed": config.seed, "progress": False}
+        documents = HeldOutDocuments(kept_recipe(config.model), tokenizer, **rows)
+        given = {"budget": budget, "system": config.name, "progress": False}
+        return run_answers(model, tokenizer, documents, out, **given)
+
+    return ("" if budget is None else f"{BUDGET}{budget}-") + "answers", job
+
+
 def jobs(model: Any, tokenizer: Any, config: SmallConfig) -> Iterator[Job]:
     """Folder and function of every evaluation of a model: only one with a scorer has those of its memory."""
     from eval.evaporate import run_evaporate
@@ -164,6 +180,8 @@ def jobs(model: Any, tokenizer: Any, config: SmallConfig) -> Iterator[Job]:
     if config.text:
         read = (config.text, config.rows, config.tokens)
         yield "validation", lambda out: run_validation(model, tokenizer, *read, out, system=config.name)
+    if config.answers:
+        yield answers_job(model, tokenizer, config)
     common = {"samples": config.samples, "seed": config.seed, "batch_size": config.batch_size}
     common |= {"system": config.name, "progress": False}
     if config.squad:
@@ -175,6 +193,8 @@ def jobs(model: Any, tokenizer: Any, config: SmallConfig) -> Iterator[Job]:
         return
     for budget in config.budgets:
         yield from needle_jobs(model, tokenizer, config, f"{BUDGET}{budget}-", budget=budget)
+    if config.answers and 0 in config.budgets:
+        yield answers_job(model, tokenizer, config, 0)
     for policy in config.policies:
         same = {"retention": policy, "budget": model.config.budget}
         yield from needle_jobs(model, tokenizer, config, f"{POLICY}{policy}-", **same)
@@ -218,7 +238,16 @@ def parser() -> argparse.ArgumentParser:
     add("--config", metavar="FILE", help="YAML with any of the settings; options given here win")
     for name in ("model", "name", "out", "squad", "swde", "dtype", "device"):
         add(f"--{name}", metavar=name.upper())
-    for name in ("samples", "essay_step", "tokens", "memory_samples", "kept_samples", "seed", "batch_size"):
+    for name in (
+        "samples",
+        "essay_step",
+        "tokens",
+        "answers",
+        "memory_samples",
+        "kept_samples",
+        "seed",
+        "batch_size",
+    ):
         add(f"--{name.replace('_', '-')}", metavar="N", type=int)
     for name in ("tasks", "text", "policies", "memory_tasks", "kept_tasks"):
         add(f"--{name.replace('_', '-')}", metavar="A,B", type=names)

@@ -25,11 +25,13 @@ def config(*line):
 def test_only_a_scorer_has_evaluations_of_its_memory(tokenizer):
     given = config("--squad", "s", "--swde", "w", "--text", "t", "--budgets", "0,32", "--policies", "h2o")
     of = lambda name: [folder for folder, _ in small.jobs(make_model(name), tokenizer, given)]
-    common = ["niah-lines", "niah-essays", "validation", "squad", "swde"]
+    common = ["niah-lines", "niah-essays", "validation", "answers", "squad", "swde"]
     assert of("gdn") == of("gdn-swa") == common
-    more = ["budget-0-niah-lines", "budget-0-niah-essays", "budget-32-niah-essays", "policy-h2o-niah-essays"]
+    more = ["budget-0-niah-lines", "budget-0-niah-essays", "budget-32-niah-essays", "budget-0-answers"]
+    more += ["policy-h2o-niah-essays"]
     assert of("lalte") == [*common, *more, "retained-lines", "retained-essays"]
-    assert [folder for folder, _ in small.jobs(make_model("gdn"), tokenizer, config())] == common[:2]
+    least = config("--answers", "0")
+    assert [folder for folder, _ in small.jobs(make_model("gdn"), tokenizer, least)] == common[:2]
 
 
 def test_the_shipped_settings_are_those_of_the_design():
@@ -67,31 +69,39 @@ def test_a_model_is_evaluated_by_one_line(tokenizer, tmp_path, capsys):
     make_model("lalte", vocab_size=320).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 30)
+    (tmp_path / "model" / "config.yaml").write_text(
+        "model: {config: configs/models/lalte-tiny.json}\ntokenizer: {path: t}\ndata: {sequence_length: 512}\n"
+        "needles: {fraction: 1.0}\nsteps: 1"
+    )
     line = ["--config", CONFIG, "--model", tmp_path / "model", "--name", "mine", "--out", tmp_path / "runs" / "mine"]
     line += ["--tasks", "single_1", "--lengths", 1700, "--samples", 1, "--text", tmp_path / "text.txt", "--rows", 64]
-    line += ["--budgets", 2, "--policies", "key_norm", "--memory-tasks", "single_1", "--memory-lengths", 1700]
+    line += ["--budgets", "0,2", "--policies", "key_norm", "--memory-tasks", "single_1", "--memory-lengths", 1700]
     line += ["--memory-samples", 1, "--kept-tasks", "single_1", "--kept-lengths", 1700, "--kept-samples", 1]
-    line += ["--dtype", "float32", "--device", "cpu"]
+    line += ["--answers", 1, "--dtype", "float32", "--device", "cpu"]
     line += ["--squad", tmp_path / "gone.jsonl"]
     assert small.main([str(word) for word in line]) == 1, "one fails, and the others are measured"
     shown = capsys.readouterr()
-    assert shown.out.count("niah_single_1 L1700 ") == 3
+    assert shown.out.count("niah_single_1 L1700 ") == 4
+    assert shown.out.count("first token L512 ") == 2
     assert "mine squad failed: " in shown.err
     assert small_tables.main([str(tmp_path / "runs"), "--out", str(tmp_path / "results")]) == 0
     names = {path.name for path in (tmp_path / "results").glob("*.json")}
-    changed = ["budget-2-niah-lines", "policy-key_norm-niah-lines"]
-    own = ["niah-lines", "validation", "retained-lines"]
+    changed = ["budget-0-niah-lines", "budget-0-answers", "budget-2-niah-lines", "policy-key_norm-niah-lines"]
+    own = ["niah-lines", "validation", "answers", "retained-lines"]
     assert names == {f"mine.{evaluation}.json" for evaluation in own + changed}
     content = json.loads((tmp_path / "results" / "mine.policy-key_norm-niah-lines.json").read_text())
     assert (content["config"]["retention"], content["config"]["budget"]) == ("key_norm", 3)
+    content = json.loads((tmp_path / "results" / "mine.budget-0-answers.json").read_text())
+    assert (content["config"]["budget"], content["config"]["rows"]) == (0, 1)
     assert "| value | needle | other |" in (tmp_path / "results" / "kept.md").read_text()
     assert "| niah_single_1 L1700 | " in (tmp_path / "results" / "answers.md").read_text()
     members = (tmp_path / "results" / "members" / "table.md").read_text()
     assert "| niah_single_1 L1700 | accuracy |" in members
     assert "rows T64" in members
+    assert "| first token L512 | accuracy |" in members
     assert "budget-2" not in members
     memory = (tmp_path / "results" / "memory" / "table.md").read_text()
-    assert "| mine-budget-2 | mine-policy-key_norm |" in memory
+    assert "| mine-budget-0 | mine-budget-2 | mine-policy-key_norm |" in memory
     assert (tmp_path / "results" / "memory" / "memory-mine-niah_single_1-l1700.png").stat().st_size > 5000
 
 
