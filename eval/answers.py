@@ -85,6 +85,11 @@ def silent_tokens(tokenizer: Any) -> set[int]:
     return blank | set(tokenizer.all_special_ids)
 
 
+def length_class(length: int) -> int:
+    """The least of 128, 256, 512, … that a document's length doesn't exceed."""
+    return max(128, 1 << (length - 1).bit_length())
+
+
 def kinds_table(kinds: Sequence[dict[str, Any]]) -> str:
     """Shares by kind of document as a Markdown table."""
     lines = ["| kind | needle | answers | first token right | tokens right |", "|---|---|---|---|---|"]
@@ -139,8 +144,7 @@ def run_answers(
             for tokens_T, labels_T in documents.of_kind(kind):
                 logits_TV = model(input_ids=tokens_T[None].to(model.device), use_cache=False).logits[0]
                 found = count_right(logits_TV[:-1].argmax(-1).cpu(), labels_T[1:], silent)
-                length = max(128, 1 << (len(tokens_T) - 1).bit_length())
-                by_length.setdefault(length, Counts()).add(found)
+                by_length.setdefault(length_class(len(tokens_T)), Counts()).add(found)
                 own.add(found)
             kinds.append({"kind": kind, "needle": needle, **asdict(own)})
     total, system = Counts(), system or system_name(model)

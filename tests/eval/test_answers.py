@@ -12,7 +12,7 @@ import yaml
 
 import lalte
 from eval import answers_cli
-from eval.answers import Counts, count_right, run_answers, silent_tokens
+from eval.answers import Counts, count_right, length_class, run_answers, silent_tokens
 from tests.tiny_models import make_model, make_tokenizer
 from training.config import load_config
 from training.data import TrainingRows
@@ -64,6 +64,7 @@ def make(recipe, tokenizer, changes=(), **given):
 
 
 def read(recipe, tokenizer, kind=0, rows=3, **given):
+    """Tokens of the documents of a kind."""
     return [tokens.tolist() for tokens, _ in make(recipe, tokenizer, rows=rows, **given).of_kind(kind)]
 
 
@@ -71,6 +72,8 @@ def next_tokens(model, monkeypatch, right=lambda place, ids_T: True):
     """The model knows the token that follows, at the places where `right` says so."""
 
     def forward(input_ids, use_cache):
+        assert not model.training
+        assert not torch.is_grad_enabled()
         ids_T = input_ids[0]
         following_T = torch.tensor(
             [
@@ -115,9 +118,19 @@ def test_documents_are_those_of_the_last_stage_and_new(recipe, tokenizer):
     assert not {tuple(document) for document in new} & ({tuple(document) for document in other} | seen)
 
 
+@pytest.mark.parametrize(
+    ("length", "found"), [(1, 128), (128, 128), (129, 256), (256, 256), (257, 512), (4096, 4096)]
+)
+def test_lengths_are_told_apart_by_powers_of_two(length, found):
+    assert length_class(length) == found
+
+
 def test_a_model_that_knows_what_follows_is_right_everywhere(model, tokenizer, recipe, tmp_path, monkeypatch):
     next_tokens(model, monkeypatch)
+    model.train()
     content = run_answers(model, tokenizer, make(recipe, tokenizer, rows=2), tmp_path / "out", progress=False)
+    assert model.training, "as before"
+    model.eval()
     cases = {row["case"]: row for row in content["rows"]}
     assert all(row["median"] == row["high"] == 1 for row in cases.values())
     assert list(cases) == [
@@ -130,6 +143,19 @@ def test_a_model_that_knows_what_follows_is_right_everywhere(model, tokenizer, r
     table = (tmp_path / "out" / "table.md").read_text()
     assert "| 1 | {key}: {value}\\| | " in table
     assert table.count("| 1.000 | 1.000 |") == 2
+
+
+def test_documents_depend_on_the_recipe_and_its_seed(recipe, tokenizer, tmp_path):
+    documents = read(recipe, tokenizer)
+    assert read(recipe, tokenizer, changes=["needles.fraction=0.5"]) == documents, "rows of text have no part"
+    assert read(recipe, tokenizer, changes=["seed=7"]) != documents
+    digests = {make(recipe, tokenizer).settings["recipe"]}
+    for count in (1, 2):
+        (tmp_path / "text.txt").write_text("\n<end>\n".join([f"Some text of {count}."] * count))
+        source = f"data.sources=[{{path: {tmp_path}/text.txt, separator: '\\n<end>\\n'}}]"
+        changes = [source, f"data.cache_dir={tmp_path}/cache-{count}"]
+        digests.add(make(recipe, tokenizer, changes).settings["recipe"])
+    assert len(digests) == 3
 
 
 def test_copying_what_was_found_is_told_from_finding_it(model, tokenizer, recipe, tmp_path, monkeypatch):
@@ -200,7 +226,13 @@ def test_a_recipe_must_be_a_file(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("folder", "kept"), [("run", "run"), ("run/checkpoint-20", "run"), ("checkpoint-2/x", "checkpoint-2/x")]
+    ("folder", "kept"),
+    [
+        ("run", "run"),
+        ("run/checkpoint-20", "run"),
+        ("checkpoint-2/x", "checkpoint-2/x"),
+        ("checkpoint2", "checkpoint2"),
+    ],
 )
 def test_a_checkpoint_is_of_the_run_above_it(tmp_path, folder, kept):
     assert answers_cli.kept_recipe(str(tmp_path / folder)) == tmp_path / kept / "config.yaml"
@@ -218,5 +250,10 @@ def test_the_command_reads_the_configuration_beside_the_model(model, tokenizer, 
     settings = json.loads((out / "result.json").read_text())["config"]
     assert (settings["budget"], settings["rows"], settings["seed"]) == (2, 1, 0)
     assert yaml.safe_load((out / "config.yaml").read_text())["change"] == ["needles.digits=4", changes[-1]]
+    recipe = tmp_path / "other.yaml"
+    recipe.write_text(yaml.safe_dump(RECIPE | {"seed": 5}))
+    assert lalte.main([*line, "--recipe", str(recipe), "--seed", "3", "--out", str(tmp_path / "other")]) == 0
+    other = json.loads((tmp_path / "other" / "result.json").read_text())["config"]
+    assert (other["seed"], other["recipe"]) == (3, make(recipe, tokenizer).settings["recipe"])
     assert lalte.main([*line, "--out", str(out), "--retention", "h2o"]) == 2
     assert "retention: 'h2o' needs a cache" in capsys.readouterr().err
