@@ -67,7 +67,9 @@ class HeldOutDocuments:
         self._makers = made.makers[0]
         self._numbers = range(FIRST_ROW + seed * SEED_ROWS, FIRST_ROW + seed * SEED_ROWS + rows)
         self.kinds = [maker.config.needle for maker in self._makers]
-        origin = {"stage": asdict(stage), "text": made.text, "seed": config.seed, "add_bos": config.data.add_bos}
+        origin = {"needles": asdict(stage.needles), "length": stage.sequence_length, "seed": config.seed}
+        origin |= {"text": made.text, "weights": [source.weight for source in config.data.sources]}
+        origin |= {"add_bos": config.data.add_bos}
         digest = hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:16]
         self.settings = {"recipe": digest, "rows": rows, "seed": seed}
 

@@ -150,12 +150,17 @@ def test_documents_depend_on_the_recipe_and_its_seed(recipe, tokenizer, tmp_path
     assert read(recipe, tokenizer, changes=["needles.fraction=0.5"]) == documents, "rows of text have no part"
     assert read(recipe, tokenizer, changes=["seed=7"]) != documents
     digests = {make(recipe, tokenizer).settings["recipe"]}
+    digests.add(make(recipe, tokenizer, ["batch.sequences=1", "steps=9"]).settings["recipe"])  # no part of it
+    digests.add(make(recipe, tokenizer, ["data.sequence_length=390"]).settings["recipe"])
+    digests.add(make(recipe, tokenizer, ["needles.digits=4"]).settings["recipe"])
+    digests.add(make(recipe, tokenizer, ["seed=7"]).settings["recipe"])
+    assert len(digests) == 4
     for count in (1, 2):
         (tmp_path / "text.txt").write_text("\n<end>\n".join([f"Some text of {count}."] * count))
         source = f"data.sources=[{{path: {tmp_path}/text.txt, separator: '\\n<end>\\n'}}]"
         changes = [source, f"data.cache_dir={tmp_path}/cache-{count}"]
         digests.add(make(recipe, tokenizer, changes).settings["recipe"])
-    assert len(digests) == 3
+    assert len(digests) == 6
 
 
 def test_copying_what_was_found_is_told_from_finding_it(model, tokenizer, recipe, tmp_path, monkeypatch):
