@@ -122,7 +122,7 @@ def _answers_arguments(parser: argparse.ArgumentParser) -> None:
 def _answers(args: argparse.Namespace) -> int:
     from eval.answers_cli import run_from_arguments
 
-    def make(*given: Any, **options: Any) -> Any:
+    def make(*given: Any, **options: Any) -> Any:  # what is missing shows before anything heavy is imported
         from training.held_out import HeldOutDocuments
 
         return HeldOutDocuments(*given, **options)

@@ -196,8 +196,7 @@ def table(runs: Path, out: Path, overwrite: bool, other_seeds: Sequence[Path] = 
         if change:
             memory.append(f"{member}-{change}={file}")
     compare(members, out / "members", overwrite=overwrite)
-    # budget 0 alone stands among the members
-    if any(split_label(label)[1] not in ("", f"{BUDGET}0") for label in copies):
+    if set(memory) - set(members):  # budget 0 stands in both, and alone needs no second table
         compare(memory, out / "memory", overwrite=overwrite)
         memory_figures(copies, out / "memory", overwrite)
     write_notes(runs, copies, out, overwrite)

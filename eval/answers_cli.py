@@ -10,7 +10,6 @@ from typing import Any
 
 from .settings import ModelSettings, add_run_arguments, describe, keep, load, options, resolve
 
-HELP = "needle documents like those of the training: are they answered?"
 DESCRIPTION = """\
 Makes new needle documents of a recipe, those of its last stage, and counts how many answers begin right and how many
 of their tokens are right, each given the tokens before it. A model that answers these but not S-NIAH has learnt to

@@ -7,7 +7,6 @@ from typing import Any
 
 from .settings import describe, numbers
 
-HELP = "make the data of `evaporate` from raw SQuAD, SWDE and FDA files"
 DESCRIPTION = """\
 Writes a JSONL file for `lalte eval evaporate --data`.
 

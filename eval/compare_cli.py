@@ -6,7 +6,6 @@ import argparse
 
 from .settings import describe
 
-HELP = "join the results of several runs into one table and figures"
 DESCRIPTION = """\
 Joins result files into one table (Markdown and CSV) and figures (PNG and SVG): accuracy over length, heat maps,
 perplexity over position, ms a token and bytes over length. Every accuracy has its 95 % interval; `best` names a

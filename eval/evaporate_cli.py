@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 from .settings import PromptSettings, add_prompt_arguments, describe, keep, load, numbers, options, resolve
 
-HELP = "EVAPORATE (FDA, SWDE, SQuAD): does the model find a value in a document?"
 DESCRIPTION = """\
 The model reads a document that ends with the name of something in it, such as "Publisher:", and writes the value.
 Accuracy is the share of answers (one line, at most 48 tokens) that contain the value.

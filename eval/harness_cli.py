@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 from .settings import PromptSettings, add_prompt_arguments, describe, keep, load, names, numbers, options, resolve
 
-HELP = "tasks of lm-evaluation-harness, such as arc_easy, lambada_openai, wikitext, niah_single_1"
 DESCRIPTION = """\
 Runs tasks of lm-evaluation-harness, with its prompts and scores, on a model. It needs the package lm-eval:
   pip install -e '.[lm-eval]'

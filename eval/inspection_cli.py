@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-HELP = "a page that shows which tokens of a text each head kept"
 DESCRIPTION = """\
 Reads a text with a model and writes one HTML page, which needs no network. It shows the text with, for each attention
 layer and KV head, the tokens that were sinks, retained, in the window or evicted at any position, their scores, how

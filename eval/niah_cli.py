@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 from .settings import PromptSettings, add_prompt_arguments, describe, keep, load, names, numbers, options, resolve
 
-HELP = "needles in haystacks (RULER): can the model find a sentence far back in a long text?"
 DESCRIPTION = """\
 Hides sentences such as "One of the special magic numbers for brave-otter is: 3141592." in long texts and asks
 for the number. Accuracy is reported for each task and length (tokens of prompt and answer together).

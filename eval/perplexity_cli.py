@@ -17,7 +17,6 @@ from .settings import (
     resolve,
 )
 
-HELP = "perplexity of an endless text, over the position in it"
 DESCRIPTION = """\
 Reads text files as one text, in chunks, and reports perplexity, ms a token and cache bytes in buckets of positions:
 64, 96, 128, 192, … tokens. Memory stays that of the cache and of one chunk.

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 from .settings import ModelSettings, add_run_arguments, describe, keep, load, names, numbers, options, resolve
 
-HELP = "what the scorer keeps: the share of needle tokens that are retained"
 DESCRIPTION = """\
 Reads the prompts of `lalte eval niah` and counts, for each attention layer and KV head, which tokens are still
 retained when the question has been read: those of the needles' values, of the rest of needle sentences, and others.

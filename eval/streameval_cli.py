@@ -17,7 +17,6 @@ from .settings import (
     resolve,
 )
 
-HELP = "an endless record of lines: does the model still know a line from before?"
 DESCRIPTION = """\
 Reads lines "line 7: REGISTER_CONTENT is <31415>" without end; every 10 lines it is asked for a line 20 (or any other
 --distances) before. Accuracy against distance, over all streams. The right answer follows each question.
