@@ -51,11 +51,18 @@ LOSS_TOLERANCE = 5e-3
 GRADIENT_TOLERANCE = 5e-2
 
 
-def set_density(model: nn.Module, ids: Tensor, rounds: int = 3) -> float:
+def kept_density(model: nn.Module, ids: Tensor, packed: bool) -> float:
+    """Share of the eligible tokens that the model keeps of rows ids [B, T], fed as `batch_of` feeds them."""
+    stats = model.model(**_without_labels(batch_of(ids, packed))).retention
+    return float(sum(s.kept.sum() for s in stats) / sum(s.eligible.sum() for s in stats).clamp(min=1))
+
+
+def set_density(model: nn.Module, ids: Tensor, packed: bool = False, rounds: int = 3) -> float:
     """Shift the last bias of every scorer so that the target density is kept on these tokens; the density reached.
 
     Args:
         ids: [B, T] tokens.
+        packed: feed them as one row with boundaries.
         rounds: a shift changes the inputs of the layers above, so that it is repeated.
     """
     config = model.config
@@ -63,7 +70,8 @@ def set_density(model: nn.Module, ids: Tensor, rounds: int = 3) -> float:
     target = config.target_density
 
     def shift(scorer: RetentionScorer, _: Any, logits_BTH: Tensor) -> Tensor:
-        threshold_H = logits_BTH[:, eligible].flatten(0, 1).float().quantile(1 - target, dim=0)
+        rows_BTH = logits_BTH.reshape(*ids.shape, -1)
+        threshold_H = rows_BTH[:, eligible].flatten(0, 1).float().quantile(1 - target, dim=0)
         if len(scorer.out_bias) < len(threshold_H):
             threshold_H = threshold_H.mean(0, keepdim=True)  # one scorer for all heads
         scorer.out_bias.sub_(threshold_H.to(scorer.out_bias.dtype))
@@ -72,11 +80,10 @@ def set_density(model: nn.Module, ids: Tensor, rounds: int = 3) -> float:
     with torch.no_grad():
         hooks = [m.register_forward_hook(shift) for m in model.modules() if isinstance(m, RetentionScorer)]
         for _ in range(rounds):
-            model.model(ids)
+            model.model(**_without_labels(batch_of(ids, packed)))
         for hook in hooks:
             hook.remove()
-        stats = model.model(ids).retention
-    return float(sum(s.kept.sum() for s in stats) / sum(s.eligible.sum() for s in stats).clamp(min=1))
+        return kept_density(model, ids, packed)
 
 
 @functools.cache
@@ -118,6 +125,10 @@ def batch_of(ids: Tensor, packed: bool) -> dict[str, Any]:
     bounds = torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=ids.device)
     ids = ids.view(1, -1)
     return {"input_ids": ids, "labels": ids, "cu_seqlens": bounds}
+
+
+def _without_labels(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in inputs.items() if name != "labels"}
 
 
 def time_system(
@@ -236,22 +247,29 @@ def run_from_arguments(args: argparse.Namespace) -> int:
             if system != OURS and phase == "keep-all" and len(phases) > 1:
                 continue  # they have no phases
             config = _config(system, size, length, args.quick, changes)
-            prepare = partial(_prepare, system=system, phase=phase, batch=batch, length=length)
+            prepare = partial(_prepare, system=system, phase=phase, shape=(batch, length), args=args)
             runs[system] = partial(time_system, bench, case, system, config, batch, length, prepare)
         bench.run_case(case, runs)
     return bench.finish()
 
 
-def _prepare(model: nn.Module, *, system: str, phase: str, batch: int, length: int) -> dict[str, Any]:
-    """Bring our model into the phase; what to note about it."""
+def _prepare(
+    model: nn.Module, *, system: str, phase: str, shape: tuple[int, int], args: argparse.Namespace
+) -> dict[str, Any]:
+    """Bring our model into the phase; what to note about it.
+
+    In the precision and the form that are timed, so that no kernel is made or tuned for this alone.
+    """
     if system != OURS:
         return {}
-    ids = torch.randint(model.config.vocab_size, (batch, length), device=model.device)
-    if phase == "sparse":
-        return {"kept_density": set_density(model, ids), "target_density": model.config.target_density}
-    with torch.no_grad():
-        stats = model.model(ids).retention
-    return {"kept_density": float(sum(s.kept.sum() for s in stats) / sum(s.eligible.sum() for s in stats))}
+    ids = torch.randint(model.config.vocab_size, shape, device=model.device)
+    with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=args.precision == "amp"):
+        if phase == "sparse":
+            return {
+                "kept_density": set_density(model, ids, args.packed),
+                "target_density": model.config.target_density,
+            }
+        return {"kept_density": kept_density(model, ids, args.packed)}
 
 
 def _config(system: str, size: str, length: int, quick: bool, changes: dict[str, Any]) -> Any:

@@ -359,9 +359,36 @@ def test_the_density_is_set_and_measured():
     torch.manual_seed(0)
     config = train.model_config("lalte", "tiny", num_hidden_layers=2, layer_types=["gated_deltanet", "attention"])
     config.window, config.budget, config.max_position_embeddings = 24, 20, 224
+    config.scorer_dropout = 0.0
     model = harness.build_model(config, torch.device("cpu"), torch.float32).train()
     ids = torch.randint(config.vocab_size, (2, 224))
     assert train.set_density(model, ids) == pytest.approx(config.target_density, abs=0.02)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, train.RetentionScorer):
+                module.out_bias.add_(0.5)
+        whole = train.kept_density(model, ids, packed=False)
+        assert whole > 2 * config.target_density
+        assert train.kept_density(model, ids, packed=True) == pytest.approx(whole, abs=1e-6)
+    assert train.set_density(model, ids, packed=True) == pytest.approx(config.target_density, abs=0.02)
+
+
+@pytest.mark.parametrize("phase", ["keep-all", "sparse"])
+@pytest.mark.parametrize(("precision", "packed"), [("amp", True), ("bf16", False)])
+def test_the_density_is_counted_in_the_form_that_is_timed(phase, precision, packed):
+    config = train.model_config("lalte", "tiny", num_hidden_layers=2, layer_types=["gated_deltanet", "attention"])
+    config.window, config.budget, config.max_position_embeddings = 24, 20, 96
+    model = harness.build_model(config, torch.device("cpu"), torch.float32).train()
+    seen = []
+
+    def look(module, inputs, given):
+        seen.append((torch.is_autocast_enabled("cpu"), "cu_seqlens" in given, tuple(given["input_ids"].shape)))
+
+    model.model.register_forward_pre_hook(look, with_kwargs=True)
+    args = argparse.Namespace(precision=precision, packed=packed)
+    notes = train._prepare(model, system="lalte", phase=phase, shape=(2, 96), args=args)
+    assert 0 < notes["kept_density"] <= 1
+    assert set(seen) == {(precision == "amp", packed, (1, 192) if packed else (2, 96))}
 
 
 @pytest.mark.parametrize("module", [attention, train, scaling, decode, prefill, coldstart])
