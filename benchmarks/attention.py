@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.harness import OURS, Bench, add_common_arguments, measure, peak_bytes, replayed, require_close
+from benchmarks.harness import OURS, Bench, add_common_arguments, require_close
+from benchmarks.timing import measure, peak_bytes, replayed
 from lte.attention import interval_attention
 from lte.scorer import RetentionScorer
 from lte.visibility import lifetimes
@@ -306,10 +307,10 @@ def run_from_arguments(args: argparse.Namespace) -> int:
         runs = {
             name: partial(time_system, bench, case, name, shape, small, dtype, backward) for name in systems(shape)
         }
-        bench.run_case(case, runs)
+        bench.add_case(case, runs)
     first = train[0]
     case = f"scorer fwdbwd B{first.batch} T{first.length}"
-    bench.run_case(
+    bench.add_case(
         case,
         {
             OURS: partial(time_scorer, bench, case, first, dtype),
@@ -318,5 +319,5 @@ def run_from_arguments(args: argparse.Namespace) -> int:
     )
     for shape in prompts:
         case = f"rule B{shape.batch} T{shape.length}"
-        bench.run_case(case, {OURS: partial(time_rule, bench, case, shape)})
-    return bench.finish()
+        bench.add_case(case, {OURS: partial(time_rule, bench, case, shape)})
+    return bench.run()

@@ -192,8 +192,8 @@ def run_from_arguments(args: argparse.Namespace) -> int:
         job = {"system": system, "size": size, "batch": batch, "length": length, "device": str(bench.device)}
         job["write"] = str(Path(args.write_configs).absolute()) if args.write_configs else None
         runs[system] = partial(time_system, bench, case, job)
-    bench.run_case(case, runs)
-    return bench.finish()
+    bench.add_case(case, runs)
+    return bench.run()
 
 
 if __name__ == "__main__":

@@ -11,18 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.harness import (
-    Bench,
-    Timing,
-    add_common_arguments,
-    build_model,
-    copy_bandwidth,
-    model_config,
-    peak_bytes,
-    quantile,
-    synchronize,
-)
+from benchmarks.harness import Bench, add_common_arguments, build_model, model_config
 from benchmarks.serving import SYSTEMS, check, fill, quick_changes
+from benchmarks.timing import Timing, copy_bandwidth, peak_bytes, quantile, synchronize
 from models.cache import HybridCache
 from models.generation import decode
 
@@ -148,10 +139,11 @@ def run_from_arguments(args: argparse.Namespace) -> int:
             for system in SYSTEMS:
                 config = model_config(system, size, **(quick_changes(system) if args.quick else {}))
                 runs[system] = partial(time_system, bench, case, system, config, batch, length, bandwidth)
-            bench.run_case(case, runs)
+            bench.add_case(case, runs)
+    status = bench.run()
     if args.figure:
         draw(bench.rows, f"decode {size} B{batches[0]} T", args.figure)
-    return bench.finish()
+    return status
 
 
 def draw(rows: list[dict[str, Any]], prefix: str, path: str) -> None:

@@ -1,4 +1,4 @@
-"""What all benchmarks share: options, timing, correctness before speed, result files and tables.
+"""What all benchmarks share: options, correctness before speed, result files and tables, models.
 
 A benchmark is a list of cases, each with several systems. A time counts only after the system has agreed with a slow
 reference at a small size, in the same process. Every finished case is written at once.
@@ -7,25 +7,20 @@ reference at a small size, in the same process. Every finished case is written a
 from __future__ import annotations
 
 import argparse
-import gc
 import re
-import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.timing import Timing, free
 from eval.results import read_json, result, row, say, write_json
 
 RESULTS = Path(__file__).parent / "results"
 OURS = "lalte"
-WARMUP = 5
-MIN_TIMINGS = 5
 
 
 class Disagreement(RuntimeError):
@@ -64,147 +59,7 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-# ---- timing ----
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Milliseconds of many runs: median, 10th and 90th percentile, their number, and all of them."""
-
-    median: float
-    low: float
-    high: float
-    n: int
-    samples: tuple[float, ...]
-
-    @classmethod
-    def of(cls, samples: Sequence[float]) -> Timing:
-        ordered = sorted(samples)
-        return cls(
-            statistics.median(ordered), quantile(ordered, 0.1), quantile(ordered, 0.9), len(ordered), tuple(samples)
-        )
-
-    def per(self, amount: float) -> tuple[float, float, float]:
-        """Median, low and high of `amount` per second."""
-        return tuple(1e3 * amount / ms for ms in (self.median, self.high, self.low))
-
-
-def quantile(ordered: Sequence[float], share: float) -> float:
-    """Value below which `share` of the ordered numbers lie, interpolated."""
-    place = share * (len(ordered) - 1)
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
-
-
-def measure(
-    run: Callable[[int], object],
-    device: torch.device,
-    *,
-    seconds: float,
-    warmup: int = WARMUP,
-    most: int = 200,
-    least: int = MIN_TIMINGS,
-    before: Callable[[], object] | None = None,
-) -> Timing:
-    """Time run(0), run(1), … by device events (on a CPU by the clock).
-
-    Args:
-        run: takes the number of the call, by which it rotates its buffers.
-        seconds: about how long all timings may take together.
-        warmup: calls before them.
-        least, most: bounds of their number.
-        before: called before each timing, not timed itself (gradients to zero, say).
-    """
-    prepare = before or (lambda: None)
-    for i in range(warmup):
-        prepare()
-        run(i)
-    synchronize(device)
-    started = time.perf_counter()
-    prepare()
-    run(warmup)
-    synchronize(device)
-    once = time.perf_counter() - started
-    count = max(least, min(most, int(seconds / max(once, 1e-6))))
-    if device.type != "cuda":
-        samples = []
-        for i in range(count):
-            prepare()
-            started = time.perf_counter()
-            run(i)
-            samples.append(1e3 * (time.perf_counter() - started))
-        return Timing.of(samples)
-    begin, end = ([torch.cuda.Event(enable_timing=True) for _ in range(count)] for _ in range(2))
-    for i in range(count):
-        prepare()
-        begin[i].record()
-        run(i)
-        end[i].record()
-    synchronize(device)
-    return Timing.of([a.elapsed_time(b) for a, b in zip(begin, end, strict=True)])
-
-
-def replayed(run: Callable[[int], object], calls: int, device: torch.device) -> Callable[[int], object]:
-    """run(0), …, run(calls - 1) in turn as CUDA graphs: their time is the device's alone, without the launching.
-
-    On a CPU, which has no graphs, it is `run` itself.
-    """
-    if device.type != "cuda":
-        return run
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        for i in range(2 * calls):  # compile and tune, outside of any capture
-            run(i % calls)
-    torch.cuda.current_stream(device).wait_stream(stream)
-    graphs = [torch.cuda.CUDAGraph() for _ in range(calls)]
-    for i, graph in enumerate(graphs):
-        with torch.cuda.graph(graph):
-            run(i)
-    return lambda i: graphs[i % calls].replay()
-
-
-def time_once(run: Callable[[], object], device: torch.device) -> float:
-    """Milliseconds from the start of a run to the end of all its work, by the clock."""
-    synchronize(device)
-    started = time.perf_counter()
-    run()
-    synchronize(device)
-    return 1e3 * (time.perf_counter() - started)
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done everything."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def free(device: torch.device) -> None:
-    """Give back what is no longer referenced."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-@contextmanager
-def peak_bytes(device: torch.device) -> Iterator[Callable[[], int | None]]:
-    """Most bytes allocated at a time inside, beyond those allocated before; None on a CPU, which doesn't count."""
-    if device.type != "cuda":
-        yield lambda: None
-        return
-    synchronize(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    yield lambda: torch.cuda.max_memory_allocated(device) - before
-
-
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second that a large copy reads and writes: what memory can do."""
-    size = 2**30 if device.type == "cuda" else 2**24
-    source, target = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
-    timing = measure(lambda i: target.copy_(source), device, seconds=0.5)
-    return 2 * size / (timing.median / 1e3)
+# ---- correctness ----
 
 
 def relative_rms(actual: Tensor, expected: Tensor) -> float:
@@ -242,7 +97,7 @@ class Bench:
         self.rows: list[dict[str, Any]] = []
         self.unavailable: list[dict[str, str]] = []
         self.skipped: list[str] = []
-        self.offered: dict[str, set[str]] = {}
+        self.cases: dict[str, dict[str, Callable[[], None]]] = {}
         self.notes: dict[str, Any] = {}
         self.head = self._head()
         self.path = Path(args.out) if args.out else RESULTS / slug(self.head["device"]) / f"{name}.json"
@@ -288,36 +143,64 @@ class Bench:
         """Whatever else a reader has to know about a row."""
         self.notes.setdefault(case, {}).setdefault(system, {}).update(values)
 
-    def run_case(self, case: str, systems: dict[str, Callable[[], None]]) -> None:
-        """Run the systems of a case: each measures and adds its own rows. A failure is recorded, not raised.
+    def add_case(self, case: str, systems: dict[str, Callable[[], None]]) -> None:
+        """A case and its systems, each of which will measure and add its own rows."""
+        self.cases[case] = systems
 
-        Systems that are finished in the result file, ruled out by options or beyond the time limit are left out.
+    def run(self) -> int:
+        """Run every system of every case and print the table; exit status 1 if ours failed anywhere.
+
+        Systems that are finished in the result file, ruled out by options or beyond the time limit are left out. A
+        failure is recorded, not raised.
+
+        Raises: ValueError for --systems and --cases that name nothing, before anything is measured.
         """
-        wanted = self.args.systems.split(",") if self.args.systems else None
-        self.offered[case] = set(systems)
-        if self.args.cases and self.args.cases not in case:
-            return
-        for system, run in systems.items():
-            if (wanted and system not in wanted) or self._is_done(case, system):
+        wanted = self._wanted()
+        for case, systems in self.cases.items():
+            if self.args.cases and self.args.cases not in case:
                 continue
-            name = f"{case} {system}"
-            if self.args.limit is not None and time.monotonic() - self.started > self.args.limit:
-                self.skipped.append(name)
-                continue
-            say(f"{self.name}: {name} …")
-            self.unavailable = [u for u in self.unavailable if (u["case"], u["system"]) != (case, system)]
-            failure = None
-            try:
-                run()
-            except Exception as error:  # no memory, no kernel for the size, a compiler's own class: a result too
-                failure = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-                if self.args.debug:
-                    raise
-            if failure is not None:
-                say(f"{self.name}: {name} is not available: {failure}")
-                self.unavailable.append({"case": case, "system": system, "reason": failure})
-            free(self.device)
-            self.write()
+            for system, measure_it in systems.items():
+                if system not in wanted or self._is_done(case, system):
+                    continue
+                if self.args.limit is not None and time.monotonic() - self.started > self.args.limit:
+                    self.skipped.append(f"{case} {system}")
+                else:
+                    self._run_system(case, system, measure_it)
+        self.write()
+        print(table(self.rows, self.unavailable))
+        for name in self.skipped:
+            print(f"skipped, the time was over: {name}")
+        say(f"{self.path}")
+        return int(any(u["system"] == OURS for u in self.unavailable))
+
+    def _wanted(self) -> set[str]:
+        """The systems asked for. Raises: ValueError for names of nothing."""
+        names = set().union(*self.cases.values())
+        wanted = set(self.args.systems.split(",")) if self.args.systems else names
+        if unknown := wanted - names:
+            raise ValueError(
+                f"--systems {','.join(sorted(unknown))}: none has that name; there are {', '.join(sorted(names))}"
+            )
+        if self.args.cases and not any(self.args.cases in case for case in self.cases):
+            raise ValueError(f"--cases {self.args.cases}: no name contains it; there are {', '.join(self.cases)}")
+        return wanted
+
+    def _run_system(self, case: str, system: str, measure_it: Callable[[], None]) -> None:
+        name = f"{case} {system}"
+        say(f"{self.name}: {name} …")
+        self.unavailable = [u for u in self.unavailable if (u["case"], u["system"]) != (case, system)]
+        failure = None
+        try:
+            measure_it()
+        except Exception as error:  # no memory, no kernel for the size, a compiler's own class: a result too
+            failure = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            if self.args.debug:
+                raise
+        if failure is not None:
+            say(f"{self.name}: {name} is not available: {failure}")
+            self.unavailable.append({"case": case, "system": system, "reason": failure})
+        free(self.device)
+        self.write()
 
     def _is_done(self, case: str, system: str) -> bool:
         return any((r["case"], r["system"]) == (case, system) for r in self.rows)
@@ -327,22 +210,6 @@ class Bench:
         rows = self.head.pop("rows", [])
         assert not rows
         write_json(self.path, {**self.head, **more, "rows": self.rows}, overwrite=True)
-
-    def finish(self) -> int:
-        """Write, print the table; exit status 1 if ours failed anywhere. Raises: ValueError for names of nothing."""
-        self.write()
-        print(table(self.rows, self.unavailable))
-        for name in self.skipped:
-            print(f"skipped, the time was over: {name}")
-        say(f"{self.path}")
-        names = sorted(set().union(*self.offered.values()))
-        if unknown := set(self.args.systems.split(",") if self.args.systems else ()) - set(names):
-            raise ValueError(
-                f"--systems {','.join(sorted(unknown))}: none has that name; there are {', '.join(names)}"
-            )
-        if self.args.cases and not any(self.args.cases in case for case in self.offered):
-            raise ValueError(f"--cases {self.args.cases}: no name contains it; there are {', '.join(self.offered)}")
-        return int(any(u["system"] == OURS for u in self.unavailable))
 
 
 def slug(device_name: str) -> str:

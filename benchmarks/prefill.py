@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from benchmarks.decode import numbers
-from benchmarks.harness import Bench, add_common_arguments, build_model, measure, model_config, peak_bytes
+from benchmarks.harness import Bench, add_common_arguments, build_model, model_config
 from benchmarks.serving import SYSTEMS, check, quick_changes
+from benchmarks.timing import measure, peak_bytes
 from models.generation import prefill
 
 DESCRIPTION = """\
@@ -79,5 +80,5 @@ def run_from_arguments(args: argparse.Namespace) -> int:
         for system in SYSTEMS:
             config = model_config(system, size, **(quick_changes(system) if args.quick else {}))
             runs[system] = partial(time_system, bench, case, system, config, args.batch, length)
-        bench.run_case(case, runs)
-    return bench.finish()
+        bench.add_case(case, runs)
+    return bench.run()

@@ -158,9 +158,9 @@ def run_from_arguments(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="lalte-scaling-", dir=args.work) as work:
         folder = Path(work)
         write_run(folder, size, length, batch, steps + every, steps, every)
-        bench.run_case(
+        bench.add_case(
             case, {system: partial(time_run, bench, case, system, job, folder) for system, job in jobs.items()}
         )
         again = f"resume {size} {many} to x1"
-        bench.run_case(again, {OURS: partial(resume, bench, again, args.processes, steps, folder, changes)})
-    return bench.finish()
+        bench.add_case(again, {OURS: partial(resume, bench, again, args.processes, steps, folder, changes)})
+        return bench.run()

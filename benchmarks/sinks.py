@@ -62,10 +62,10 @@ def run_from_arguments(args: argparse.Namespace) -> int:
     bench = Bench("sinks", args, {**settings, "models": sorted(models)})
     for sinks in SINKS:
         case = f"cache {sinks}+{args.cache - sinks}"
-        bench.run_case(
+        bench.add_case(
             case, {name: partial(measure_system, bench, case, name, folder, sinks) for name, folder in models.items()}
         )
-    return bench.finish()
+    return bench.run()
 
 
 def _named(text: str) -> tuple[str, Path]:

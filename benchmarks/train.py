@@ -11,18 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import (
-    OURS,
-    Bench,
-    Disagreement,
-    Timing,
-    add_common_arguments,
-    build_model,
-    measure,
-    model_config,
-    peak_bytes,
-    time_once,
-)
+from benchmarks.harness import OURS, Bench, Disagreement, add_common_arguments, build_model, model_config
+from benchmarks.timing import Timing, measure, peak_bytes, time_once
 from lte.scorer import RetentionScorer
 
 DESCRIPTION = """\
@@ -235,10 +225,10 @@ def run_from_arguments(args: argparse.Namespace) -> int:
     if stepping:
         case = f"train {size} B{batch} T{length}{suffix} steps"
         configs = {system: _config(system, size, length, args.quick, changes) for system in MEMBERS}
-        bench.run_case(
+        bench.add_case(
             case, {s: partial(train_steps, bench, case, s, config, batch, length) for s, config in configs.items()}
         )
-        return bench.finish()
+        return bench.run()
     phases = ["sparse", "keep-all"] if args.phase == "both" else [args.phase]
     for phase in phases:
         case = f"train {size} B{batch} T{length}{suffix}" + (" all kept" if phase == "keep-all" else "")
@@ -249,8 +239,8 @@ def run_from_arguments(args: argparse.Namespace) -> int:
             config = _config(system, size, length, args.quick, changes)
             prepare = partial(_prepare, system=system, phase=phase, shape=(batch, length), args=args)
             runs[system] = partial(time_system, bench, case, system, config, batch, length, prepare)
-        bench.run_case(case, runs)
-    return bench.finish()
+        bench.add_case(case, runs)
+    return bench.run()
 
 
 def _prepare(

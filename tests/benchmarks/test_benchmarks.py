@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import attention, coldstart, cost, decode, harness, prefill, scaling, serving, train
+from benchmarks import attention, coldstart, cost, decode, harness, prefill, scaling, serving, timing, train
 from eval.results import METRICS, read_json
 from tests.tiny_models import make_ids, make_model
 
@@ -237,20 +237,20 @@ def test_the_checks_of_models_can_fail(check, monkeypatch):
 
 
 def test_timing():
-    timing = harness.Timing.of([5.0, 1.0, 3.0, 2.0, 4.0])
-    assert (timing.median, timing.n) == (3.0, 5)
-    assert timing.low == pytest.approx(1.4)
-    assert timing.high == pytest.approx(4.6)
-    assert timing.per(6) == pytest.approx((2000.0, 6000 / 4.6, 6000 / 1.4))
+    found = timing.Timing.of([5.0, 1.0, 3.0, 2.0, 4.0])
+    assert (found.median, found.n) == (3.0, 5)
+    assert found.low == pytest.approx(1.4)
+    assert found.high == pytest.approx(4.6)
+    assert found.per(6) == pytest.approx((2000.0, 6000 / 4.6, 6000 / 1.4))
     calls = []
-    harness.measure(calls.append, torch.device("cpu"), seconds=0, warmup=2, least=3)
+    timing.measure(calls.append, torch.device("cpu"), seconds=0, warmup=2, least=3)
     assert calls == [0, 1, 2, 0, 1, 2]
 
 
 def test_the_time_limit_names_what_is_left(tmp_path, capsys):
     bench = harness.Bench("x", options(limit=0.0, out=str(tmp_path / "x.json")), {})
-    bench.run_case("one", {"lalte": lambda: pytest.fail("it ran")})
-    assert bench.finish() == 0
+    bench.add_case("one", {"lalte": lambda: pytest.fail("it ran")})
+    assert bench.run() == 0
     assert read_json(bench.path)["skipped"] == ["one lalte"]
     assert "one lalte" in capsys.readouterr().out
 
@@ -262,16 +262,20 @@ def test_results_are_written_case_by_case_and_continued(tmp_path):
         return harness.Bench("x", options(out=str(out), **values), {"a": 1})
 
     first = bench(commit="one")
-    first.run_case("case", {"lalte": lambda: first.add("case", "lalte", "ms", 1.0, 1.0, 1.0, 1)})
-    assert len(read_json(out)["rows"]) == 1
+    first.add_case("case", {"lalte": lambda: first.add("case", "lalte", "ms", 1.0, 1.0, 1.0, 1)})
+    first.add_case("other", {"lalte": lambda: rows.append(len(read_json(out)["rows"]))})
+    rows: list[int] = []
+    first.run()
+    assert rows == [1]
     second = bench(commit="one")
-    second.run_case(
+    second.add_case(
         "case",
         {
             "lalte": lambda: pytest.fail("it was measured already"),
             "peer": lambda: second.add("case", "peer", "ms", 2.0, 2.0, 2.0, 1),
         },
     )
+    second.run()
     assert [r["system"] for r in read_json(out)["rows"]] == ["lalte", "peer"]
     with pytest.raises(ValueError, match=r"another commit \(one, now two\); use --overwrite"):
         bench(commit="two")
@@ -289,9 +293,9 @@ def test_what_fails_is_recorded_with_its_reason(tmp_path, capsys):
     def fails():
         raise torch.OutOfMemoryError("no memory\nleft")
 
-    bench.run_case("case", {"lalte": lambda: bench.add("case", "lalte", "s", 4.0, 4.0, 4.0, 1), "peer": fails})
-    bench.run_case("other", {"lalte": lambda: None})
-    assert bench.finish() == 0
+    bench.add_case("case", {"lalte": lambda: bench.add("case", "lalte", "s", 4.0, 4.0, 4.0, 1), "peer": fails})
+    bench.add_case("other", {"lalte": lambda: None})
+    assert bench.run() == 0
     assert bench.unavailable == [{"case": "case", "system": "peer", "reason": "OutOfMemoryError: no memory left"}]
     assert "not available: peer: OutOfMemoryError" in capsys.readouterr().out
 
@@ -305,9 +309,11 @@ def test_what_fails_is_recorded_with_its_reason(tmp_path, capsys):
 )
 def test_what_nothing_is_called_is_named(asked, message, tmp_path):
     bench = harness.Bench("x", options(out=str(tmp_path / "x.json"), **asked), {})
-    bench.run_case("case B2", {"lalte": lambda: None, "peer": lambda: None})
+    never = lambda: pytest.fail("it ran")
+    bench.add_case("case B2", {"lalte": never, "peer": never})
     with pytest.raises(ValueError, match=message):
-        bench.finish()
+        bench.run()
+    assert not bench.path.exists()
 
 
 def test_the_table_compares_within_a_case_and_metric():
@@ -349,8 +355,8 @@ def test_a_filled_growing_cache_goes_on():
     model = make_model("gdn-full")
     cache = model.new_cache(2)
     serving.fill(cache, 300)
-    timing = decode.time_tokens(model, cache, 2, count=6, warmup=2)
-    assert timing.n == 6
+    found = decode.time_tokens(model, cache, 2, count=6, warmup=2)
+    assert found.n == 6
     assert cache.columns == 308
     assert int(cache.states[1].kv.seen[0]) == 308
 
