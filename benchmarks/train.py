@@ -42,8 +42,8 @@ GRADIENT_TOLERANCE = 5e-2
 
 
 def kept_density(model: nn.Module, ids: Tensor, packed: bool) -> float:
-    """Share of the eligible tokens that the model keeps of rows ids [B, T], fed as `batch_of` feeds them."""
-    stats = model.model(**_without_labels(batch_of(ids, packed))).retention
+    """Share of the eligible tokens that the model keeps of rows ids [B, T], fed as `inputs_of` says."""
+    stats = model.model(**inputs_of(ids, packed)).retention
     return float(sum(s.kept.sum() for s in stats) / sum(s.eligible.sum() for s in stats).clamp(min=1))
 
 
@@ -70,7 +70,7 @@ def set_density(model: nn.Module, ids: Tensor, packed: bool = False, rounds: int
     with torch.no_grad():
         hooks = [m.register_forward_hook(shift) for m in model.modules() if isinstance(m, RetentionScorer)]
         for _ in range(rounds):
-            model.model(**_without_labels(batch_of(ids, packed)))
+            model.model(**inputs_of(ids, packed))
         for hook in hooks:
             hook.remove()
         return kept_density(model, ids, packed)
@@ -107,18 +107,19 @@ def _without_dropout(system: str) -> dict[str, Any]:
     return {"scorer_dropout": 0.0} if system == OURS else {}
 
 
-def batch_of(ids: Tensor, packed: bool) -> dict[str, Any]:
+def inputs_of(ids: Tensor, packed: bool) -> dict[str, Tensor]:
     """Arguments of a model for rows [B, T], or for them packed into one row as the Trainer packs documents."""
     if not packed:
-        return {"input_ids": ids, "labels": ids}
+        return {"input_ids": ids}
     rows, length = ids.shape
     bounds = torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=ids.device)
-    ids = ids.view(1, -1)
-    return {"input_ids": ids, "labels": ids, "cu_seqlens": bounds}
+    return {"input_ids": ids.view(1, -1), "cu_seqlens": bounds}
 
 
-def _without_labels(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in inputs.items() if name != "labels"}
+def batch_of(ids: Tensor, packed: bool) -> dict[str, Tensor]:
+    """The same with labels."""
+    inputs = inputs_of(ids, packed)
+    return {**inputs, "labels": inputs["input_ids"]}
 
 
 def time_system(

@@ -261,10 +261,9 @@ def test_results_are_written_case_by_case_and_continued(tmp_path):
     def bench(**values):
         return harness.Bench("x", options(out=str(out), **values), {"a": 1})
 
-    first = bench(commit="one")
+    first, rows = bench(commit="one"), []
     first.add_case("case", {"lalte": lambda: first.add("case", "lalte", "ms", 1.0, 1.0, 1.0, 1)})
     first.add_case("other", {"lalte": lambda: rows.append(len(read_json(out)["rows"]))})
-    rows: list[int] = []
     first.run()
     assert rows == [1]
     second = bench(commit="one")
