@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from .settings import describe, numbers
 
@@ -43,20 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--overwrite", action="store_true", help="replace the file")
 
 
-def _tokenizer(folder: str | None) -> Any:
-    if folder is None:
-        return None
-    from transformers import AutoTokenizer
-
-    import models.auto  # noqa: F401 - a model's folder names its class, which has to be known
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"tokenizer: {folder} can't be read ({reason}); give a model's folder") from error
-
-
 def run_from_arguments(args: argparse.Namespace) -> int:
     """Runs `lalte eval build`.
 
@@ -64,6 +49,7 @@ def run_from_arguments(args: argparse.Namespace) -> int:
         ValueError: anything that the user can set right.
     """
     from .evaporate_data import build_pairs, build_squad, write_documents
+    from .loading import load_tokenizer
     from .results import say
 
     needs = ("source",) if args.task == "squad" else ("pages", "pairs")
@@ -74,7 +60,7 @@ def run_from_arguments(args: argparse.Namespace) -> int:
     for name in foreign:
         if getattr(args, name) is not None:
             raise ValueError(f"{name}: {args.task} has no use for it; leave --{name} out")
-    tokenizer = _tokenizer(args.tokenizer)
+    tokenizer = None if args.tokenizer is None else load_tokenizer(args.tokenizer)
     chosen = {"tokenizer": tokenizer, "samples": args.samples, "seed": args.seed}
     if args.task == "squad":
         documents = build_squad(args.source, form=args.form, lengths=args.lengths, **chosen)

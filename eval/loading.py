@@ -20,6 +20,23 @@ def load_model(folder: str | Path, dtype: str = "auto", device: str = "auto") ->
     return load_any(folder, device, dtype)
 
 
+def load_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer in a model's folder, without the model.
+
+    Raises:
+        ValueError: it can't be read.
+    """
+    from transformers import AutoTokenizer
+
+    import models.auto  # noqa: F401 - a model's folder names its class, which has to be known
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"tokenizer: {folder} can't be read ({reason}); give a model's folder") from error
+
+
 def system_name(model: torch.nn.Module) -> str:
     """What a model is called in results unless it is given a name: its kind."""
     return getattr(model.config, "model_type", None) or type(model).__name__
