@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, H KV heads, L attention layers.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -111,6 +112,17 @@ class PenaltyControl(nn.Module):
         self.steps.zero_()
         self.counts.zero_()
         self._know(0)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PenaltyControl:
+        """Moves to another device as every module does, and stays in float32 where a model is converted: a λ of 1e-9
+        is 0 in half precision."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if new.dtype != old.dtype:
+                self._buffers[name] = new.to(old.dtype) if old.is_meta else old.to(new.device)
+        return self
 
     def __getstate__(self) -> dict:
         # a copy's tensors count their versions anew

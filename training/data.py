@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from training.needles import NeedleMaker
 from training.packing import PackedRows
 from training.rows import Row
-from training.sources import SourceConfig, check_source
+from training.sources import SourceConfig, check_source, local_files
 from training.store import TokenStore, open_store
 from training.streams import LaneReader, TokenStream
 from training.tokenizer import check_begin, check_vocabulary
@@ -158,6 +158,7 @@ class TrainingRows(Dataset):
         self.texts: list[TokenStore] = []
         self.makers = [self._makers(s) for s in range(len(stages))]
         self.stores: dict[int, TokenStore] = {}
+        self.streamed: dict[str, list[int]] = {}  # by name: files and bytes
         self.lanes = config.lanes or world
         if self.lanes % world:
             raise ValueError(
@@ -169,6 +170,8 @@ class TrainingRows(Dataset):
         own = range(rank * self.lanes // world, (rank + 1) * self.lanes // world)
         for i, source in enumerate(config.sources):
             if source.streaming:
+                sizes = [file.stat().st_size for file in local_files(source, self.names[i])]
+                self.streamed[self.names[i]] = [len(sizes), sum(sizes)]
                 self.streams |= self._streams(i, source, own)
             else:
                 self.stores[i] = self._store(i, source, progress)
@@ -275,8 +278,10 @@ class TrainingRows(Dataset):
 
     @property
     def text(self) -> dict[str, list[int]]:
-        """Documents and tokens of each source in the cache: the rows depend on them."""
-        return {self.names[i]: [len(store), store.total] for i, store in self.stores.items()}
+        """What the rows depend on: documents and tokens of each source in the cache, and of each streamed one the
+        files that are read and their bytes, as they were when the run began."""
+        cached = {self.names[i]: [len(store), store.total] for i, store in self.stores.items()}
+        return cached | self.streamed
 
     def packed_sources(self, stage: int) -> list[int]:
         """Numbers of the sources that this stage reads from the cache."""

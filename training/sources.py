@@ -4,6 +4,7 @@ import codecs
 import glob
 import gzip
 import importlib.util
+import io
 import json
 import lzma
 import os
@@ -27,11 +28,13 @@ class SourceConfig:
 
     path: file, folder or glob pattern; with `package` it is relative to that installed package.
     package: name of an installed Python package whose files are read (it is not imported).
-    hub: dataset name or folder for the library `datasets`, with `hub_config` and `split`.
+    hub: dataset name or folder for the library `datasets`, with `hub_config` and `split`. revision: branch, tag or
+        commit of such a dataset, which may change otherwise; null is the newest.
     weight: share of the rows that are no needle rows, relative to the other sources.
     text_field: column that holds the text (JSONL, parquet, hub).
     format: text, jsonl or parquet; null takes it from the file's suffix (.gz, .xz and .zst are looked through).
-    separator: string between documents of a plain text file; null makes each file one document.
+    separator: string between documents of a plain text file, whose lines end with a line feed however the file ends
+        them; null makes each file one document.
     collapse_whitespace: runs of white space become one space.
     streaming: read while training instead of tokenising everything once into the cache.
     max_documents: read at most this many documents; null reads all.
@@ -42,6 +45,7 @@ class SourceConfig:
     hub: str | None = None
     hub_config: str | None = None
     split: str = "train"
+    revision: str | None = None
     weight: float = 1.0
     text_field: str = "text"
     format: str | None = None
@@ -71,7 +75,20 @@ def check_source(source: SourceConfig, name: str) -> list[Path]:
         raise ValueError(f"{name}.max_documents={source.max_documents} is below 1: use null to read all documents")
     if source.hub is not None:
         return []
+    if source.revision is not None:
+        raise ValueError(f"{name}.revision={source.revision!r} is of a hub source, and this is a path: leave it out")
     return _list_files(source, name)
+
+
+def local_files(source: SourceConfig, name: str) -> list[Path]:
+    """The files of this machine that a source reads: none of a dataset that the hub has.
+
+    Raises: ValueError as `check_source` does.
+    """
+    files = check_source(source, name)
+    if source.hub is not None and Path(source.hub).is_dir():
+        return sorted(file for file in Path(source.hub).rglob("*") if file.is_file())
+    return files
 
 
 def _list_files(source: SourceConfig, name: str) -> list[Path]:
@@ -139,9 +156,9 @@ def _file_documents(source: SourceConfig, files: Iterable[Path], name: str) -> I
         elif kind == "jsonl":
             yield from _jsonl_documents(file, source.text_field, name)
         elif source.separator is None:
-            yield "".join(read_text(file))
+            yield "".join(_line_feeds(read_text(file)))
         else:
-            yield from _split(read_text(file), source.separator)
+            yield from _split(_line_feeds(read_text(file)), source.separator)
 
 
 def open_binary(file: Path) -> BinaryIO:
@@ -189,6 +206,14 @@ def read_text(file: Path) -> Iterator[str]:
         raise ValueError(
             f"{file} is damaged or not compressed as its suffix says ({error}): fetch it again"
         ) from None
+
+
+def _line_feeds(pieces: Iterable[str]) -> Iterator[str]:
+    """Text whose lines all end with a line feed, as Python reads text files: also where it has CR LF or CR."""
+    decoder = io.IncrementalNewlineDecoder(None, translate=True)
+    for piece in pieces:
+        yield decoder.decode(piece)
+    yield decoder.decode("", final=True)
 
 
 def _split(pieces: Iterable[str], separator: str) -> Iterator[str]:
@@ -267,11 +292,18 @@ def _hub_documents(source: SourceConfig, name: str) -> Iterator[str]:
     import datasets
 
     try:
-        rows = datasets.load_dataset(source.hub, source.hub_config, split=source.split, streaming=source.streaming)
+        rows = datasets.load_dataset(
+            source.hub,
+            source.hub_config,
+            split=source.split,
+            revision=source.revision,
+            streaming=source.streaming,
+        )
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
-            f"{name}.hub={source.hub!r} (hub_config={source.hub_config!r}, split={source.split!r}) can't be loaded: "
-            f"{error}; check the name and the network, or give a local path"
+            f"{name}.hub={source.hub!r} (hub_config={source.hub_config!r}, split={source.split!r}, "
+            f"revision={source.revision!r}) can't be loaded: {error}; check the name and the network, or give a "
+            "local path"
         ) from None
     where = f"{source.hub} ({source.split})"
     if rows.column_names is not None:  # a stream may not know them before its first row

@@ -20,9 +20,9 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from training.sources import SourceConfig, check_source, iter_documents
+from training.sources import SourceConfig, iter_documents, local_files
 
-VERSION = 1
+VERSION = 2
 BATCH_CHARACTERS = 4_000_000
 ABANDONED = 24 * 3600  # seconds after which a half-written store that nobody writes to is removed
 
@@ -90,8 +90,6 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _key(source: SourceConfig, files: list[Path], tokenizer: PreTrainedTokenizerBase, flags: list[bool]) -> str:
-    if source.hub is not None and Path(source.hub).is_dir():
-        files = sorted(file for file in Path(source.hub).rglob("*") if file.is_file())
     described = {k: v for k, v in asdict(source).items() if k not in ("weight", "streaming")}
     stamps = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
     text = json.dumps([VERSION, described, stamps, fingerprint(tokenizer), flags], sort_keys=True)
@@ -113,7 +111,7 @@ def open_store(
     name: where the source stands in the configuration, for messages.
     Raises: ValueError for a source without text, and whatever reading the source raises.
     """
-    files = check_source(source, name)
+    files = local_files(source, name)
     folder = Path(cache_dir).expanduser() / _key(source, files, tokenizer, [add_bos, add_eos])
     if not (folder / "meta.json").is_file():
         documents = iter_documents(source, name)

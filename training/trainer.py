@@ -261,11 +261,13 @@ class HybridTrainer(SavingTrainer):
                 f"the checkpoint {folder} read its streams in {there['lanes']} lanes, now there are {here['lanes']}: "
                 "continue with as many ranks, or set data.lanes from the start"
             )
-        if there["text"] != here["text"]:
+        # earlier versions kept nothing of streamed sources
+        text = {name: here["text"].get(name) for name in there["text"]}
+        if there["text"] != text:
             raise ValueError(
                 f"the text has changed since the checkpoint {folder}, which would go on with other rows: there were "
-                f"{there['text']} (documents, tokens), now there are {here['text']}; bring the text back, or start a "
-                "new run from a saved model (model.weights)"
+                f"{there['text']} (documents and tokens, or files and bytes of a stream), now there are {text}; "
+                "bring the text back, or start a new run from a saved model (model.weights)"
             )
         if self.args.process_index == 0:
             self.sums += torch.tensor([rank["sums"] for rank in ranks], dtype=torch.float64).sum(0).to(self.sums)

@@ -223,6 +223,20 @@ def test_penalty_control_is_in_the_state_dict_without_running_counts():
     torch.testing.assert_close(control.penalty([stats]), torch.tensor(0.8))
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("convert", [torch.nn.Module.half, torch.nn.Module.bfloat16, torch.nn.Module.double])
+def test_penalty_control_stays_in_float32(convert, device):
+    """In half precision a λ of 1e-9 is 0, and in bfloat16 an average near its target doesn't move."""
+    control = PenaltyControl(1, 2, target=0.2)
+    control.penalty_weight.fill_(1e-9)
+    control.density.fill_(0.1234567)
+    before = {name: value.to(device) for name, value in control.named_buffers()}
+    convert(torch.nn.Sequential(control.to(device)))
+    for name, value in control.named_buffers():
+        assert (value.dtype, value.device.type) == (before[name].dtype, device)
+        assert device == "meta" or torch.equal(value, before[name])
+
+
 def test_steps_without_eligible_positions_leave_the_average():
     control = PenaltyControl(1, 1, target=0.1)
     control.update()

@@ -62,6 +62,18 @@ def test_a_byte_order_mark_is_no_text(tmp_path, monkeypatch, chunk):
         read(path=str(tmp_path / "a.txt"))
 
 
+@pytest.mark.parametrize("chunk", [1, 1 << 20])
+@pytest.mark.parametrize("end", ["\r\n", "\r"])
+def test_lines_of_other_systems_end_with_line_feeds(tmp_path, monkeypatch, end, chunk):
+    """Otherwise a separator of line feeds stands nowhere in the file, which is one document then."""
+    monkeypatch.setattr(sources, "CHUNK_BYTES", chunk)
+    (tmp_path / "a.txt").write_bytes(end.join(["one", "two", "", "", "three", ""]).encode())
+    assert read(path=str(tmp_path / "a.txt"), separator="\n\n\n") == ["one\ntwo", "three\n"]
+    assert read(path=str(tmp_path / "a.txt")) == ["one\ntwo\n\n\nthree\n"]
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "a\\r\\nb"}\r\n{"text": "c"}\r\n')
+    assert read(path=str(tmp_path / "b.jsonl")) == ["a\r\nb", "c"], "what a string holds is its own"
+
+
 def test_parquet_folder_and_limits(tmp_path, texts):
     for number, part in enumerate((texts[:20], texts[20:])):
         table = pyarrow.table({"text": part, "other": list(range(len(part)))})
@@ -87,6 +99,19 @@ def test_hub_dataset(tmp_path, texts, monkeypatch):
             ValueError, match=r"text_field='other' is missing in .*set \(train\): it has body, number"
         ):
             read(hub=str(tmp_path / "set"), text_field="other", streaming=streaming)
+
+
+def test_a_hub_dataset_of_one_revision(monkeypatch):
+    asked = []
+
+    def load(*names, **options):
+        asked.append((*names, options))
+        raise ValueError("no network")
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    with pytest.raises(ValueError, match=r"hub='some/name' .*revision='v1'\) can't be loaded: no network"):
+        read(hub="some/name", revision="v1", streaming=True)
+    assert asked == [("some/name", None, {"split": "train", "revision": "v1", "streaming": True})]
 
 
 def test_wrong_encoding_names_the_byte(tmp_path, monkeypatch):
@@ -117,6 +142,7 @@ def test_wrong_encoding_names_the_byte(tmp_path, monkeypatch):
         ("x.txt.zst", b"not compressed", {}, r"x\.txt\.zst is damaged"),
         ("x.txt.xz", lzma.compress(b"text " * 99)[:-9], {}, r"x\.txt\.xz is damaged"),
         ("x.txt", b"text", {"hub": "some/name"}, r"set exactly one"),
+        ("x.txt", b"text", {"revision": "v1"}, r"sources\[0\]\.revision='v1' is of a hub source"),
         ("x.txt", b"text", {"weight": 0.0}, r"weight=0\.0 is not positive"),
         ("x.txt", b"text", {"format": "csv"}, r"format='csv' is unknown"),
         ("x.txt", b"text", {"package": "no_such_package_here"}, r"package='no_such_package_here' is not installed"),

@@ -328,6 +328,27 @@ def test_a_run_does_not_go_on_with_other_text(folder):
     train(configured(folder, "steps=8"))
 
 
+def test_a_run_does_not_go_on_with_another_stream(folder):
+    streamed = ["steps=8", "data.sources.0.streaming=true"]
+    run = train(configured(folder, *streamed))
+    shutil.rmtree(run / "checkpoint-8")
+    text = (folder / "texts.txt").read_text()
+    (folder / "texts.txt").write_text(text + "\n<end>\nOne more.")
+    size = len((text + "\n<end>\nOne more.").encode())
+    with pytest.raises(
+        ValueError,
+        match=rf"text has changed since .*checkpoint-4, .*now there are \{{'data\.sources\[0\]': \[1, {size}\]",
+    ):
+        train(configured(folder, *streamed))
+    (folder / "texts.txt").write_text(text)
+    # a checkpoint of a version that kept the sizes of what it had in the cache alone
+    progress = json.loads((run / "checkpoint-4" / "progress-0.json").read_text())
+    progress["text"] = {}
+    (run / "checkpoint-4" / "progress-0.json").write_text(json.dumps(progress))
+    checkpoints.seal(run / "checkpoint-4")
+    train(configured(folder, *streamed))
+
+
 def test_a_checkpoint_goes_on_in_another_folder_only_as_configured(folder):
     """Otherwise the optimizer's old learning rate would go on beside the data of another seed."""
     run = train(configured(folder, "steps=6"))
