@@ -256,14 +256,33 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; the exit status is 1 if an evaluation failed, 2 for an error of the user's."""
-    args = parser().parse_args(argv)
+def results_parser(description: str | None, *, what: str, folders: str | None = None) -> argparse.ArgumentParser:
+    """The command line of what reads runs and writes results: DIR, --out and --overwrite.
+
+    Args:
+        what: the folder, or folders, that it reads, in words.
+        folders: how many, as argparse has it; None: one.
+    """
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("runs", metavar="DIR", nargs=folders, help=what)
+    made.add_argument("--out", metavar="DIR", required=True, help="folder of the results")
+    made.add_argument("--overwrite", action="store_true", help="replace earlier files")
+    return made
+
+
+def exit_status(command: Callable[[], int | None]) -> int:
+    """That of a command: its own, or 2 for an error of the user's, which is told."""
     try:
-        return int(evaluate(resolve(SmallConfig, args, needed=("model", "name", "out"))) > 0)
+        return command() or 0
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; the exit status is 1 if an evaluation failed, 2 for an error of the user's."""
+    args = parser().parse_args(argv)
+    return exit_status(lambda: int(evaluate(resolve(SmallConfig, args, needed=("model", "name", "out"))) > 0))
 
 
 if __name__ == "__main__":

@@ -9,14 +9,13 @@ the same models trained from other seeds, join it in seeds.md, and have a folder
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks.small import BUDGET, POLICY
+from benchmarks.small import BUDGET, POLICY, exit_status, results_parser
 from eval.compare import read_samples
 
 # an answer that has none of the values is wrong by its figures if it begins with any, as an answer should
@@ -210,18 +209,10 @@ def table(runs: Path, out: Path, overwrite: bool, other_seeds: Sequence[Path] = 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit status is 2 for an error of the user's."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("runs", metavar="DIR", nargs="+", help="folders of evaluations: the first seed's, then others'")
-    made.add_argument("--out", metavar="DIR", required=True, help="folder of the results")
-    made.add_argument("--overwrite", action="store_true", help="replace earlier tables")
-    args = made.parse_args(argv)
-    try:
-        runs = [Path(folder) for folder in args.runs]
-        table(runs[0], Path(args.out), args.overwrite, other_seeds=runs[1:])
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    what = "folders of evaluations: the first seed's, then others'"
+    args = results_parser(__doc__, what=what, folders="+").parse_args(argv)
+    first, *others = map(Path, args.runs)
+    return exit_status(lambda: table(first, Path(args.out), args.overwrite, other_seeds=others))
 
 
 if __name__ == "__main__":

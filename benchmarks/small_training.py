@@ -7,7 +7,6 @@ Writes OUT/training.json, and OUT/training-loss and OUT/training-kept as PNG and
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
@@ -15,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
+
+from benchmarks.small import exit_status, results_parser
 
 KEPT, LAMBDA = "kept_per_head", "lambda"
 OF_LAYER = re.compile(rf"(?:{KEPT}|{LAMBDA})/layer_\d+")
@@ -109,19 +110,13 @@ def collect(runs: Path, out: Path, overwrite: bool) -> dict[str, dict[str, list[
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit status is 2 for an error of the user's."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("runs", metavar="RUNS", help="folder of the runs' folders")
-    made.add_argument("--out", metavar="DIR", required=True, help="folder of the results")
-    made.add_argument("--overwrite", action="store_true", help="replace earlier files")
-    args = made.parse_args(argv)
-    try:
-        found = collect(Path(args.runs), Path(args.out), args.overwrite)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for name, log in found.items():
-        print(f"{name}: step {log['step'][-1]}, loss {log['loss'][-1]:.3f}, kept {log.get(KEPT, [None])[-1]}")
-    return 0
+    args = results_parser(__doc__, what="folder of the runs' folders").parse_args(argv)
+
+    def command() -> None:
+        for name, log in collect(Path(args.runs), Path(args.out), args.overwrite).items():
+            print(f"{name}: step {log['step'][-1]}, loss {log['loss'][-1]:.3f}, kept {log.get(KEPT, [None])[-1]}")
+
+    return exit_status(command)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ prompts: these are made anew from the evaluation's settings, with the models' to
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from collections import Counter
@@ -17,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from benchmarks.small import BUDGET
+from benchmarks.small import BUDGET, exit_status, results_parser
 from benchmarks.small_tables import split_label
 from eval.compare import read_samples
 from eval.loading import load_tokenizer
@@ -122,19 +121,15 @@ def wrong_table(runs: Path, tokenizer: Any) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit status is 2 for an error of the user's."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("runs", metavar="DIR", help="folder of evaluations, as small_tables reads it")
+    made = results_parser(__doc__, what="folder of evaluations, as small_tables reads it")
     made.add_argument("--tokenizer", metavar="DIR", required=True, help="of the evaluated models")
-    made.add_argument("--out", metavar="DIR", required=True, help="folder of the results")
-    made.add_argument("--overwrite", action="store_true", help="replace an earlier table")
     args = made.parse_args(argv)
-    try:
+
+    def command() -> None:
         text = wrong_table(Path(args.runs), load_tokenizer(args.tokenizer))
         write_bytes(Path(args.out) / "wrong.md", text.encode(), overwrite=args.overwrite)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return exit_status(command)
 
 
 if __name__ == "__main__":

@@ -82,11 +82,16 @@ def chunks(tokens: Iterator[list[int]], size: int, *, skip: int = 0) -> Iterator
 
 
 def texts_identity(paths: Sequence[str | Path]) -> list[str]:
-    """Name, bytes and a digest of the first megabyte of each file; ValueError for one that is missing."""
+    """Name, bytes and a digest of the first megabyte of each file.
+
+    Raises:
+        ValueError: a file that is missing, or doesn't begin with text.
+    """
     found = []
     for path in map(Path, paths):
         if not path.is_file():
             raise ValueError(f"text: {path} is not a file; give text files, plain, .gz or .xz")
+        next(text_pieces([path]), None)  # a file that can't be read shows before any run begins
         with open(path, "rb") as file:
             digest = hashlib.sha256(file.read(1 << 20)).hexdigest()[:16]
         found.append(f"{path.name} {path.stat().st_size} {digest}")

@@ -230,6 +230,14 @@ def test_a_run_ends_where_text_or_model_end(book, tokenizer, tmp_path):
     assert (content["ended_by"], content["tokens_read"]) == ("end of the text", len(all_tokens(book, tokenizer)))
 
 
+def test_a_text_that_can_not_be_read_leaves_the_folder_to_another(book, tokenizer, tmp_path):
+    (tmp_path / "bad.txt").write_bytes(b"caf\xe9")
+    run = lambda *texts: run_perplexity(make_llama(), tokenizer, texts, tmp_path / "out", tokens=64, progress=False)
+    with pytest.raises(ValueError, match=r"text: .*bad\.txt can't be read"):
+        run(book, tmp_path / "bad.txt")
+    assert run(book)["tokens_read"] == 64
+
+
 def test_perplexity_refuses_what_it_cannot_do(book, tokenizer, tmp_path):
     ours, llama = make_model("lalte", **LALTE), make_llama()
     (tmp_path / "empty.txt").write_text("")
