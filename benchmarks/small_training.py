@@ -2,7 +2,8 @@
 
     python -m benchmarks.small_training runs/small --out results/small --overwrite
 
-Writes OUT/training.json, and OUT/training-loss and OUT/training-kept as PNG and SVG, from RUNS/NAME/log.jsonl.
+Writes OUT/training.json, OUT/training.md with the losses at the end of each length of rows, and OUT/training-loss and
+OUT/training-kept as PNG and SVG, from RUNS/NAME/log.jsonl.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from benchmarks.small import exit_status, results_parser
 KEPT, LAMBDA = "kept_per_head", "lambda"
 OF_LAYER = re.compile(rf"(?:{KEPT}|{LAMBDA})/layer_\d+")
 SMOOTHED = 5  # entries of a log whose mean is a point of the loss's figure
+LAST = 100  # steps whose mean loss stands in the table
 
 
 def read_log(file: Path) -> dict[str, list[float | None]]:
@@ -65,6 +67,32 @@ def as_text(logs: dict[str, dict[str, list[Any]]]) -> str:
     return '{\n "name": "training",\n "members": {\n' + ",\n".join(map(model, logs.items())) + "\n }\n}\n"
 
 
+def losses_table(logs: dict[str, dict[str, list[Any]]]) -> str:
+    """Mean loss of the last `LAST` steps with rows of each length, and the tokens kept at the end, as Markdown."""
+    lengths = sorted({length for log in logs.values() for length in log["sequence_length"]})
+    lines = [
+        f"Mean loss of the predicted tokens in the last {LAST} steps that had rows of so many tokens, up to the step",
+        "in brackets; and the tokens beyond the window that a head keeps at the end.",
+        "",
+        f"| model | {' | '.join(f'{length:,}' for length in lengths)} | kept |",
+        "|---|" + "---:|" * (len(lengths) + 1),
+    ]
+    for name, log in logs.items():
+        cells = []
+        for length in lengths:
+            losses = {
+                step: loss
+                for step, own, loss in zip(log["step"], log["sequence_length"], log["loss"], strict=True)
+                if own == length
+            }
+            last = max(losses, default=0)
+            some = [loss for step, loss in losses.items() if step > last - LAST]
+            cells.append(f"{mean(some):.3f} ({last:,})" if some else "")
+        kept = log.get(KEPT, [None])[-1]
+        lines.append(f"| {name} | {' | '.join(cells)} | {'' if kept is None else f'{kept:.0f}'} |")
+    return "\n".join(lines) + "\n"
+
+
 def curve(name: str, log: dict[str, list[Any]], column: str, smoothed: int = 1) -> Any:
     """A column over steps of the log's last length of rows, each point the mean of some entries.
 
@@ -97,6 +125,7 @@ def collect(runs: Path, out: Path, overwrite: bool) -> dict[str, dict[str, list[
     if not found:
         raise ValueError(f"runs: {runs} holds no NAME/log.jsonl; train the models first")
     write_bytes(out / "training.json", as_text(found).encode(), overwrite=overwrite)
+    write_bytes(out / "training.md", losses_table(found).encode(), overwrite=overwrite)
     for file, column, smoothed, title in (
         ("training-loss", "loss", SMOOTHED, f"loss of the predicted tokens, means of {SMOOTHED} entries"),
         ("training-kept", KEPT, 1, "tokens beyond the window that a head keeps"),

@@ -44,11 +44,24 @@ def test_logs_are_gathered(runs, tmp_path, capsys):
     switched_on |= {"lambda/layer_0": [None, None, 1e-6]}
     assert members["lalte"] == common | {"loss": [3.0, 2.0, 2.1235]} | switched_on
     assert "lalte: step 60, loss 2.123, kept 12.346" in capsys.readouterr().out
+    assert (out / "training.md").read_text().splitlines()[3:] == [
+        "| model | 256 | 2,048 | kept |",
+        "|---|---:|---:|---:|",
+        "| gdn | 3.000 (20) | 2.375 (60) |  |",
+        "| lalte | 3.000 (20) | 2.062 (60) | 12 |",
+    ]
     for name in ("training-loss", "training-kept"):
         assert (out / f"{name}.png").stat().st_size > 5000
     assert small_training.main([str(runs), "--out", str(out)]) == 2, "nothing is replaced unasked"
     assert "exists already" in capsys.readouterr().err
     assert small_training.main([str(runs), "--out", str(out), "--overwrite"]) == 0
+
+
+def test_losses_are_means_of_the_last_steps():
+    steps = [0, 20, 100, 120, 200]
+    log = {"step": steps, "sequence_length": [256, 256, 512, 512, 512], "loss": [9.0, 4.0, 8.0, 2.0, 3.0]}
+    rows = small_training.losses_table({"a": log, "b": {name: column[3:] for name, column in log.items()}})
+    assert rows.splitlines()[5:] == ["| a | 6.500 (20) | 2.500 (200) |  |", "| b |  | 2.500 (200) |  |"]
 
 
 def test_curves_show_the_rows_of_full_length(runs):
