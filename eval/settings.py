@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from models.files import config_path
 from models.options import add_retention_arguments
 
 T = TypeVar("T")
@@ -116,10 +117,11 @@ def add_cache_arguments(parser: argparse.ArgumentParser, chunk: int, kinds: bool
 def _read_file(path: str, known: Sequence[str]) -> Any:
     from omegaconf import DictConfig, OmegaConf
 
-    if not Path(path).is_file():
+    file = config_path(path)
+    if not file.is_file():
         raise ValueError(f"config: {path} is not a file; the folder configs/eval has examples")
     try:
-        loaded = OmegaConf.load(path)
+        loaded = OmegaConf.load(file)
     except Exception as error:
         raise ValueError(f"config: {path} is not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(loaded, DictConfig):

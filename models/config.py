@@ -19,6 +19,7 @@ from lte.attention import BACKENDS
 from lte.policies import POLICIES
 from lte.scorer import check_sizes, lookahead_of
 from lte.straight_through import STRAIGHT_THROUGH
+from models.files import config_path
 
 LAYER_TYPES = ("gated_deltanet", "attention", "nsa")
 POSITION_ENCODINGS = ("rope", "rope_in_cache", "none")
@@ -286,13 +287,15 @@ class HybridConfig(PreTrainedConfig):
 def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> HybridConfig:
     """The configuration in a JSON file, or in the config.json of a folder, with some fields replaced.
 
+    A name such as configs/models/lalte-0.4b.json is found from any working folder (`files.config_path`).
+
     Unlike transformers' own loading, a field that doesn't exist is an error.
 
     Raises:
         ValueError: no such file, not JSON, another model_type, an unknown field, or what `HybridConfig` refuses; the
             message names it.
     """
-    path = Path(path).expanduser()
+    path = config_path(path)
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"{file} is no file; give a model configuration such as configs/models/lalte-tiny.json")

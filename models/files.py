@@ -1,4 +1,4 @@
-"""Writing files whole or not at all, and reading text."""
+"""Writing files whole or not at all, finding the configurations that are shipped, and reading text."""
 
 from __future__ import annotations
 
@@ -9,6 +9,18 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+SHIPPED = "configs"  # folder beside the packages, in a checkout and where they are installed
+
+
+def config_path(path: str | Path) -> Path:
+    """Where a configuration lies: as named from the working folder or, if nothing is there and the name begins with
+    `configs/`, among those of the project."""
+    path = Path(path).expanduser()
+    if path.exists() or path.is_absolute() or path.parts[:1] != (SHIPPED,):
+        return path
+    shipped = Path(__file__).parents[1] / path
+    return shipped if shipped.exists() else path
 
 
 @contextmanager

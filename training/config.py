@@ -11,7 +11,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from models.files import atomic_path
+from models.files import SHIPPED, atomic_path, config_path
 from training.data import DataConfig, StageConfig
 from training.tokenizer import TokenizerConfig
 from training.wording import NeedleConfig
@@ -134,13 +134,14 @@ FREE_ON_RESUME = (
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Read a YAML file and merge command-line changes (`optimizer.lr=3e-4`, `data.sources.0.path=x.txt`) over it.
 
-    A file may begin with `extends: other.yaml`, a file beside it whose settings it changes: lists are replaced,
-    mappings merged, and {} empties model.overrides.
+    A name such as configs/train/lalte-0.4b.yaml is found from any working folder (`models.files.config_path`).
+    A file may begin with `extends: other.yaml`, a file beside it or one of configs/, whose settings it changes:
+    lists are replaced, mappings merged, and {} empties model.overrides.
     The output folder is runs/<name of the file> unless it is set.
     Raises: ValueError naming the key, its value and what would do.
     """
     config = OmegaConf.structured(TrainConfig(output=f"runs/{Path(path).stem}"))
-    for file, given in reversed(_read(Path(path))):
+    for file, given in reversed(_read(config_path(path))):
         _check_keys(given, TrainConfig, "", str(file))
         try:
             config = OmegaConf.merge(config, OmegaConf.create(dict(given)))
@@ -175,7 +176,9 @@ def _read(path: Path) -> list[tuple[Path, Mapping]]:
         found.append((path, {key: value for key, value in given.items() if key != "extends"}))
         if "extends" not in given:
             return found
-        path = path.parent / str(given["extends"])
+        name = str(given["extends"])
+        beside = path.parent / name
+        path = config_path(name) if name.startswith(f"{SHIPPED}/") and not beside.exists() else beside
 
 
 def _apply(config: Any, change: str) -> None:
