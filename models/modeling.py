@@ -279,7 +279,7 @@ class HybridForCausalLM(RetentionControls, HybridPreTrainedModel, GenerationMixi
         use_cache: bool | None = None,
         cu_seqlens: Tensor | None = None,
         output_hidden_states: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         **others: object,
     ) -> HybridOutput | tuple:
@@ -290,7 +290,8 @@ class HybridForCausalLM(RetentionControls, HybridPreTrainedModel, GenerationMixi
             attention_mask: [B, T]; 0 for padding, which is neither read nor predicted.
             past_key_values: cache of the tokens before; new tokens may be any number.
             labels: [B, T], labels[t] is token t itself (the shift is made here); -100 is ignored.
-            logits_to_keep: logits of the last so many columns; 0: of all.
+            logits_to_keep: logits of the last so many columns, or of the columns with these numbers [N] int64; 0, or
+                with labels: of all.
             num_items_in_batch: predicted tokens of the whole optimizer step, by which the loss is divided
                 (gradient accumulation); None: those of this call.
             others: cu_seq_lens_q or position_ids, as DataCollatorWithFlattening gives them, bound packed documents.
@@ -299,6 +300,7 @@ class HybridForCausalLM(RetentionControls, HybridPreTrainedModel, GenerationMixi
             raise ValueError("output_attentions=True: attention weights are never formed; leave it out")
         if cu_seqlens is None and past_key_values is None:
             cu_seqlens = document_bounds(others, attention_mask)
+        last = 0 if labels is not None or isinstance(logits_to_keep, Tensor) else logits_to_keep
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -307,11 +309,13 @@ class HybridForCausalLM(RetentionControls, HybridPreTrainedModel, GenerationMixi
             use_cache=use_cache,
             cu_seqlens=cu_seqlens,
             output_hidden_states=output_hidden_states,
-            last_columns=logits_to_keep if labels is None else 0,
+            last_columns=last,
             keep_all=self._keeps_all(),
             return_dict=True,
         )
         hidden = outputs.last_hidden_state
+        if labels is None and isinstance(logits_to_keep, Tensor):
+            hidden = hidden[:, logits_to_keep]
         fused_loss = self.training and labels is not None and hidden.is_cuda
         logits = None if fused_loss else self.lm_head(hidden)
         loss = lm_loss = None

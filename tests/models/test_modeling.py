@@ -176,6 +176,10 @@ def test_logits_to_keep():
     for keep in (1, 3, 40, 80):
         assert_close(model(ids, logits_to_keep=keep).logits, expected[:, -keep:])
         assert_close(model(ids, use_cache=True, logits_to_keep=keep).logits, expected[:, -keep:])
+    columns = torch.tensor([2, 7, 3])
+    for use_cache in (False, True):
+        assert_close(model(ids, use_cache=use_cache, logits_to_keep=columns).logits, expected[:, columns])
+    assert model(ids, labels=ids, logits_to_keep=columns).logits.shape == expected.shape
 
 
 @torch.no_grad()
