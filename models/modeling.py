@@ -392,9 +392,17 @@ class HybridForCausalLM(RetentionControls, HybridPreTrainedModel, GenerationMixi
 
         return generate(self, super()._sample, input_ids, *args, **kwargs)
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, next_sequence_length: int | None = None, **kwargs):
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        inputs_embeds: Tensor | None = None,  # `generate` looks for this name before it takes a prompt of them
+        **kwargs,
+    ) -> dict:
         """As in transformers; after the prompt nothing is padding, so a decoding step needs no mask."""
-        inputs = super().prepare_inputs_for_generation(input_ids, next_sequence_length, **kwargs)
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, next_sequence_length, inputs_embeds=inputs_embeds, **kwargs
+        )
         inputs.pop("position_ids", None)
         # pieces of a prompt (prefill_chunk_size), which may be padded, come without their length
         is_step = next_sequence_length is not None and not kwargs.get("is_first_iteration")

@@ -73,6 +73,18 @@ def test_left_padded_batch_in_pieces(piece):
     assert torch.equal(generate(model, ids, attention_mask=mask, prefill_chunk_size=piece), expected)
 
 
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"use_cache": False}])
+def test_a_prompt_of_embeddings(options):
+    """As soft prompts have it: they are read in place of tokens, and the new tokens alone come back."""
+    model = make_model()
+    ids, mask = left_padded([make_ids(1, n, seed=n) for n in (1, 40, 77)])
+    if not options.get("use_cache", True):
+        ids, mask = ids[2:], mask[2:]
+    expected = generate(model, ids, attention_mask=mask, **options)[:, ids.shape[1] :]
+    embeddings = {"inputs_embeds": model.get_input_embeddings()(ids), "attention_mask": mask}
+    assert torch.equal(model.generate(**embeddings, do_sample=False, max_new_tokens=NEW, **options), expected)
+
+
 @pytest.mark.parametrize("variant", ["lalte", "gdn-full", "lalte, one scorer"])
 def test_beams_are_those_without_a_cache(variant):
     model = make_variant(variant)
