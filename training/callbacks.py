@@ -13,6 +13,16 @@ from models.files import atomic_path
 class RetentionCallback(TrainerCallback):
     """Lets a model steer its own retention penalty after each optimizer step."""
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        """Raises: ValueError where the Trainer's loss leaves the penalty out."""
+        if args.label_smoothing_factor and model.config.has_scorer:
+            raise ValueError(
+                f"label_smoothing_factor={args.label_smoothing_factor}: the Trainer makes that loss of logits alone, "
+                "without the model's penalty on retention; set it to 0"
+            )
+
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:

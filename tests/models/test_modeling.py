@@ -459,6 +459,19 @@ def test_the_trainer_of_transformers_resumes(tmp_path):
     assert (whole.penalty_control.steps_done(), bool((whole.penalty_control.penalty_weight > 0).any())) == (4, True)
 
 
+@pytest.mark.parametrize("family", ["lalte", "gdn-swa"])
+def test_the_trainer_of_transformers_smooths_labels_only_without_a_penalty(tmp_path, family):
+    data = [{"input_ids": row, "labels": row} for row in make_ids(4, 40)]
+    values = {"max_steps": 1, "label_smoothing_factor": 0.1, "save_strategy": "no", "disable_tqdm": True}
+    args = TrainingArguments(tmp_path, **values, report_to="none", use_cpu=True)
+    trainer = Trainer(make_model(family).train(), args, train_dataset=data, callbacks=[lalte.RetentionCallback()])
+    if family == "lalte":
+        with pytest.raises(ValueError, match=r"^label_smoothing_factor=0\.1: .* without the model's penalty"):
+            trainer.train()
+    else:
+        trainer.train()
+
+
 @pytest.mark.parametrize("names", [{}, {"return_flash_attn_kwargs": True, "return_position_ids": False}])
 def test_flattened_documents_do_not_see_each_other(names):
     """transformers' collator for packed documents gives what cu_seqlens gives."""
