@@ -96,10 +96,17 @@ def _train(args: argparse.Namespace) -> int:
         for name, tokens in tokenise(config).items():
             print(f"{name}: {tokens} tokens in the cache")
         return 0
+    from training.stopping import Stopped
     from training.trainer import train
 
-    folder = train(config)
-    if int(os.environ.get("RANK", 0)) == 0:
+    first = int(os.environ.get("RANK", 0)) == 0
+    try:
+        folder = train(config)
+    except Stopped as stopped:
+        if first:
+            print(f"lalte: {stopped}", file=sys.stderr)
+        return 128 + stopped.signal
+    if first:
         print(f"the model is in {folder}; try: lalte generate --model {folder} --prompt …")
     return 0
 
@@ -285,7 +292,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; the exit status is 2 for an error of the user's, 130 after Ctrl-C."""
+    """Run the command line; the exit status is 2 for an error of the user's, 130 after Ctrl-C.
+
+    A training that was told to stop by a signal ends with 128 and the signal's number, behind a checkpoint.
+    """
     args = build_parser().parse_args(argv)
     try:
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows another

@@ -29,6 +29,7 @@ from training.data import StepBatches, TrainingRows, check_data
 from training.flops import peak_flops, train_flops_per_token
 from training.rows import IGNORED, collate
 from training.saving import SavingTrainer
+from training.stopping import StopOnSignal, Stopped, outlive
 from training.tokenizer import check_tokenizer_config
 
 
@@ -92,6 +93,7 @@ class HybridTrainer(SavingTrainer):
             num_workers=workers,
             pin_memory=self.args.device.type == "cuda",
             persistent_workers=workers > 0,
+            worker_init_fn=outlive,
             # an own generator: starting the loader must not move the global one
             generator=torch.Generator(),
         )
@@ -297,7 +299,8 @@ def train(
     and the newest checkpoints. Called again with the same configuration it goes on where it was stopped.
     build: makes the model from the configuration and the tokenizer; by default a `HybridForCausalLM`.
 
-    Raises: ValueError for anything a user can get wrong, before long work; NonFiniteLoss; CheckpointError.
+    Raises: ValueError for anything a user can get wrong, before long work; NonFiniteLoss; CheckpointError; Stopped,
+    behind a checkpoint, if the process was told to stop (SIGTERM, SIGUSR1).
     """
     setup.check_device(config)
     output = Path(config.output).expanduser()
@@ -350,9 +353,10 @@ def _run(
         # by the model itself, which restores dropout's random numbers; what Accelerate wraps around shards doesn't
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     args.use_cache = bool(getattr(model.config, "use_cache", True))
-    log = LogCallback(output / "log.jsonl", config.log.progress)
+    log, stop = LogCallback(output / "log.jsonl", config.log.progress), StopOnSignal()
+    callbacks = [RetentionCallback(), log, stop]
     trainer = HybridTrainer(
-        config, rows=rows, model=model, args=args, processing_class=tokenizer, callbacks=[RetentionCallback(), log]
+        config, rows=rows, model=model, args=args, processing_class=tokenizer, callbacks=callbacks
     )
     trainer.remove_callback(PrinterCallback)
     if config.log.tensorboard and args.should_save:
@@ -363,9 +367,13 @@ def _run(
         # only now: a refused continuation leaves the configuration of the run's checkpoints
         save_config(config, output / "config.yaml")
     try:
-        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-        trainer.check_state()
-        trainer.save_final()
+        with stop.listening():
+            trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+            if stop.agreed:
+                step = trainer.state.global_step
+                raise Stopped(stop.agreed, step, output / f"checkpoint-{step}")
+            trainer.check_state()
+            trainer.save_final()
     finally:
         log.close()
     return output

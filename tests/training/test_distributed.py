@@ -77,21 +77,23 @@ def folder(tmp_path_factory):
         [f"output={folder}/copied-from-sharded", f"resume={folder}/sharded/checkpoint-10"],
         [f"output={folder}/sharded-from-one", *sharded_run, middle],
     ]
-    launch(2, folder / "run.yaml", jobs)
+    launch(2, "rank_jobs.py", [[str(folder / "run.yaml"), changes] for changes in jobs])
     yield folder
     torch.set_num_threads(threads)
 
 
-def launch(ranks: int, file: Path, jobs: list[list[str]]) -> None:
-    """Train with each list of changes, in turn, on so many ranks.
+def launch(ranks: int, script: str, given: list) -> str:
+    """Run a script of this folder on so many ranks; what they printed.
 
+    given: what the script reads, as JSON.
     Raises: AssertionError with the end of what the ranks wrote, if one fails.
     """
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command += [str(Path(__file__).with_name("rank_jobs.py")), json.dumps([[str(file), changes] for changes in jobs])]
+    command += [str(Path(__file__).with_name(script)), json.dumps(given)]
     done = subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout + done.stderr
 
 
 def history(run: Path) -> list[dict]:
@@ -149,7 +151,8 @@ def test_names_of_a_compiled_model_are_its_own(folder):
     """Shards, what goes on from them, and the final model: without the prefix of torch.compile."""
     short = ["fsdp=true", "compile=true", "steps=4", "checkpoint.every=2", "curriculum=[]"]
     on = [f"output={folder}/on", f"resume={folder}/compiled/checkpoint-2"]
-    launch(1, folder / "run.yaml", [[f"output={folder}/compiled", *short], [*on, *short]])
+    file = str(folder / "run.yaml")
+    launch(1, "rank_jobs.py", [[file, [f"output={folder}/compiled", *short]], [file, [*on, *short]]])
     names = load_file(folder / "one" / "model.safetensors").keys()
     assert sharded.shapes(folder / "compiled" / "checkpoint-2").keys() == names
     ours, theirs = (load_file(folder / run / "model.safetensors") for run in ("on", "compiled"))
@@ -158,10 +161,24 @@ def test_names_of_a_compiled_model_are_its_own(folder):
         torch.testing.assert_close(ours[name], theirs[name], rtol=TOLERANCE, atol=TOLERANCE, msg=name)
 
 
+@pytest.mark.parametrize("kind", ["copied", "sharded"])
+def test_a_signal_to_one_rank_stops_all_behind_a_checkpoint(folder, kind):
+    stopped = folder / f"{kind}-stopped"
+    changes = [f"output={stopped}", "checkpoint.every=100", f"fsdp={str(kind == 'sharded').lower()}"]
+    said = launch(2, "rank_stops.py", [str(folder / "run.yaml"), *changes])
+    assert "rank 0: 143\n" in said
+    assert "rank 1: 143\n" in said
+    assert said.count("lalte: stopped by SIGTERM after step 7: ") == 1
+    assert [file.name for file in stopped.glob("checkpoint-*")] == ["checkpoint-7"], "one step after the signal"
+    assert not (stopped / "model.safetensors").exists()
+    train(load_config(folder / "run.yaml", [f"output={stopped}", "checkpoint.every=100"]))
+    assert_same(stopped, folder / "one")
+
+
 def test_folders_that_ranks_do_not_share_are_refused(folder):
     """Each would seal its part as a whole checkpoint."""
     with pytest.raises(AssertionError, match=r"is another folder for some ranks: \[1\] don't see what rank 0 has"):
-        launch(2, folder / "run.yaml", [[f"output={folder}/of-rank-RANK"]])
+        launch(2, "rank_jobs.py", [[str(folder / "run.yaml"), [f"output={folder}/of-rank-RANK"]]])
     assert not list(folder.glob("of-rank-*/checkpoint-*"))
 
 

@@ -1,11 +1,13 @@
 """Whole runs on a tiny model: what a run leaves, exact continuation after SIGKILL, and runs that fail."""
 
 import json
+import os
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from training import checkpoints, saving, setup
 from training.checkpoints import CheckpointError
 from training.config import load_config, save_config
+from training.stopping import SIGNALS
 from training.trainer import HybridTrainer, NonFiniteLoss, cosine, train
 
 ROOT = Path(__file__).parents[2]
@@ -174,6 +177,61 @@ def test_sigkill_and_resume_give_the_same_run(folder):
     train(reference)
     assert [entry["step"] for entry in history(folder / "run")] == [3, 6, 9, 12]
     assert_same_run(folder / "killed", folder / "run")
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_run_that_is_told_to_stop_leaves_a_checkpoint(folder, name):
+    """The signal goes to all its processes, as a scheduler sends it; one of them prepares batches."""
+    stopped = configured(folder, f"output={folder}/stopped", "checkpoint.every=100", "data.workers=1", "log.every=3")
+    save_config(stopped, folder / "stopped.yaml")
+    code = (
+        "import sys, time, torch\n"
+        "import lalte\n"
+        "torch.set_num_threads(1)\n"
+        "from training.callbacks import LogCallback\n"
+        "def slow(self, args, state, control, **more):\n"
+        "    print(state.global_step, flush=True)\n"
+        "    time.sleep(0.5 if state.global_step > 5 else 0)\n"
+        "LogCallback.on_step_end = slow\n"
+        "sys.exit(lalte.main(['train', sys.argv[1]]))\n"
+    )
+    command = [sys.executable, "-c", code, str(folder / "stopped.yaml")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
+    for line in process.stdout:
+        if line.strip() == "7":
+            break
+    os.killpg(process.pid, signal.Signals[name])
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.Signals[name], errors
+    (checkpoint,) = checkpoints.checkpoints(folder / "stopped")
+    step = checkpoints.step_of(checkpoint)
+    assert step in (7, 8)
+    assert f"lalte: stopped by {name} after step {step}: {checkpoint} is whole; the same command goes on" in errors
+    assert not (folder / "stopped" / "model.safetensors").exists()
+    train(replace(stopped, output=f"{folder}/stopped"))
+    reference = configured(folder, "log.every=3", "checkpoint.every=100")
+    train(reference)
+    assert_same_run(folder / "stopped", folder / "run")
+
+
+def test_signals_mean_what_they_meant_after_a_run(folder):
+    handlers = [signal.signal(number, signal.SIG_IGN) for number in SIGNALS]
+    try:
+        train(configured(folder, "steps=1"))
+        assert [signal.getsignal(number) for number in SIGNALS] == [signal.SIG_IGN] * len(SIGNALS)
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        for number, handler in zip(SIGNALS, handlers, strict=True):
+            signal.signal(number, handler)
+
+
+def test_a_run_outside_of_the_main_thread(folder):
+    """Handlers can't be set there, and the run goes without."""
+    thread = threading.Thread(target=train, args=[configured(folder, "steps=1")])
+    thread.start()
+    thread.join()
+    assert (folder / "run" / "model.safetensors").is_file()
 
 
 def test_a_kill_while_the_model_is_put_into_the_folder(folder, monkeypatch):
