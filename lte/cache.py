@@ -118,8 +118,9 @@ class RetainedCache:
             new tokens through it; the slots remember numbers, not how they were made.
         """
         logits = None if logits is None else logits.detach()
+        learns = torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
         if k.shape[1] == 1 and lengths is None:
-            if self.k.dtype in KERNEL_DTYPES and self.k.is_cuda:
+            if self.k.dtype in KERNEL_DTYPES and self.k.is_cuda and not learns:
                 from lte.kernels.cache_step import cache_step
 
                 cache_step(self, k[:, 0], v[:, 0], scores_BH=None if logits is None else logits[:, 0])
@@ -127,11 +128,13 @@ class RetainedCache:
             else:
                 self.step(k.transpose(1, 2), v.transpose(1, 2), logits)
             end_BSH = torch.where(self.positions >= 0, NEVER, 0).transpose(1, 2)
-            span = Span(self.k.transpose(1, 2), self.v.transpose(1, 2), end_BSH.int(), self.positions.transpose(1, 2))
-            if self.k.requires_grad or self.v.requires_grad:
+            # the next token is written into the slots that this one's gradients would come back through
+            k, v = (self.k.clone(), self.v.clone()) if learns else (self.k, self.v)
+            span = Span(k.transpose(1, 2), v.transpose(1, 2), end_BSH.int(), self.positions.transpose(1, 2))
+            if learns:
                 self.k, self.v = self.k.detach(), self.v.detach()
             return span
-        if self.k.is_cuda:
+        if self.k.is_cuda and not learns:
             from lte.kernels.evictions import MAX_BUDGET
 
             if self.budget <= MAX_BUDGET:
@@ -370,6 +373,8 @@ class GrowingCache:
                 self.v[:, :, :longest].transpose(1, 2),
             )
             if self.k.requires_grad or self.v.requires_grad:
+                # as in `RetainedCache.append`
+                span_k, span_v = span_k.clone(), span_v.clone()
                 self.k, self.v = self.k.detach(), self.v.detach()
             place = torch.arange(longest, device=device)
             positions_BK = torch.where(place <= self.seen[:, None], place, -1)

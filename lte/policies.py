@@ -261,7 +261,9 @@ def _read(
     batch, _, query_heads, dim = q_B1ND.shape
     dtype = torch.promote_types(q_B1ND.dtype, torch.float32)
     held_BHS = cache.positions >= 0
-    k_BHSD, v_BHSD = cache.k.to(dtype), cache.v.to(dtype)
+    # later tokens are written into the slots that gradients of the query would come back through
+    learns = torch.is_grad_enabled() and q_B1ND.requires_grad
+    k_BHSD, v_BHSD = (x.to(dtype, copy=learns) for x in (cache.k, cache.v))
     if frequencies is not None:
         k_BHSD = _turned(k_BHSD, cache.positions, held_BHS, frequencies)
     q_BHGD = q_B1ND.to(dtype).view(batch, held_BHS.shape[1], -1, dim)

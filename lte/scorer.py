@@ -84,7 +84,7 @@ class ScorerState:
     def reorder(self, index: Tensor) -> None:
         """Row b becomes the former row index[b]."""
         for x in self.inputs:
-            x.copy_(x.index_select(0, index))
+            x.copy_(x.index_select(0, index.to(x.device)))
 
 
 class RetentionScorer(nn.Module):

@@ -79,5 +79,5 @@ class Block(GradientCheckpointingLayer):
         self, x_BTC: Tensor, context: Context, state: MixerState | None = None
     ) -> tuple[Tensor, RetentionStats | None, Tensor | None]:
         mixed = self.mixer(self.mixer_norm(x_BTC), context, state)
-        normed_BTC, x_BTC = self.mlp_norm.add(mixed.hidden, x_BTC)
+        normed_BTC, x_BTC = self.mlp_norm(mixed.hidden, x_BTC)
         return x_BTC + self.mlp(normed_BTC), mixed.retention, mixed.writes

@@ -15,16 +15,25 @@ import torch
 from torch import Tensor, nn
 
 from lte.cache import RetainedCache
+from lte.scorer import RetentionScorer
+from lte.sparsity import PenaltyControl
 from models.attention import AttentionState, RetainedAttention
-from models.blocks import Block
+from models.blocks import MLP, Block
 from models.cache import HybridCache
-from models.gated_deltanet import GatedDeltaNet, GatedDeltaNetState
+from models.gated_deltanet import GatedDeltaNet, GatedDeltaNetState, GatedRMSNorm, ShortConvolution
 from models.mixer import Context
-from models.modeling import HybridForCausalLM
+from models.modeling import HybridForCausalLM, HybridModel
+from models.ops import RMSNorm
 from models.rotary import rotary_frequencies
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_HEAD_DIM = 256
+# whose weights the step reads without calling them; whatever else stands in the model, an adapter or a quantized
+# map, may mean another function than the weight that it shows
+READ = (
+    *(HybridForCausalLM, HybridModel, Block, MLP, GatedDeltaNet, GatedRMSNorm, ShortConvolution, RetainedAttention),
+    *(RetentionScorer, PenaltyControl, RMSNorm, nn.Linear, nn.Embedding, nn.ModuleList, nn.ParameterList),
+)
 
 
 def obstacle(model: HybridForCausalLM, cache: HybridCache) -> str | None:
@@ -56,8 +65,11 @@ def unsupported(model: HybridForCausalLM, cache: HybridCache) -> str | None:
         if reason is not None:
             return f"layer {index} {reason}"
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and (type(module) is not nn.Linear or module.bias is not None):
-            return f"{name} is no plain linear map"
+        if type(module) not in READ:
+            kind = type(module)
+            return f"{name or 'the model'} is a {kind.__module__}.{kind.__qualname__}, which no kernel computes"
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            return f"{name} has a bias"
         # a call is skipped here, and what hangs on it with it
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
             return f"{name or 'the model'} has hooks"

@@ -25,7 +25,7 @@ from models.config import HybridConfig
 from models.gated_deltanet import GatedDeltaNet
 from models.losses import cross_entropy, per_item, shift_labels
 from models.mixer import Context
-from models.ops import RMSNorm, linear_cross_entropy
+from models.ops import RMSNorm, is_plain, linear_cross_entropy
 from models.outputs import HybridModelOutput, HybridOutput
 from models.padding import LeftAligned, check_mask, compose, document_bounds, prepend, unpad
 from models.retention import RetentionControls, build_penalty_control
@@ -316,7 +316,7 @@ class HybridForCausalLM(RetentionControls, HybridPreTrainedModel, GenerationMixi
         hidden = outputs.last_hidden_state
         if labels is None and isinstance(logits_to_keep, Tensor):
             hidden = hidden[:, logits_to_keep]
-        fused_loss = self.training and labels is not None and hidden.is_cuda
+        fused_loss = self.training and labels is not None and hidden.is_cuda and is_plain(self.lm_head)
         logits = None if fused_loss else self.lm_head(hidden)
         loss = lm_loss = None
         penalty = self._penalty_of(outputs.retention)

@@ -11,6 +11,7 @@ K slots, M real tokens of all rows.
 from __future__ import annotations
 
 import warnings
+from copy import copy
 
 import torch
 import torch.nn.functional as F
@@ -89,10 +90,14 @@ class NativeSparseState:
         for x in (self.k, self.v, self.pooled_k, self.pooled_v, self.seen):
             x.copy_(x.index_select(0, index.to(x.device)))
 
-    def detach(self) -> None:
-        """Keep the numbers and forget how they were made, as gradients end at what a cache holds."""
-        self.k, self.v = self.k.detach(), self.v.detach()
-        self.pooled_k, self.pooled_v = self.pooled_k.detach(), self.pooled_v.detach()
+    def split_off(self) -> NativeSparseState:
+        """What gradients may come back through: a copy, since later tokens are written into these places. The state
+        itself keeps the numbers and forgets how they were made."""
+        read = copy(self)
+        for name in ("k", "v", "pooled_k", "pooled_v"):
+            setattr(read, name, getattr(self, name).clone())
+            setattr(self, name, getattr(self, name).detach())
+        return read
 
     def append(self, k_BTHD: Tensor, v_BTHD: Tensor, lengths_B: Tensor | None = None) -> Tensor:
         """Take in T new tokens, finite also where padding.
@@ -141,7 +146,8 @@ class NativeSparseState:
         slot_BHK = slot_BCK.flatten(1)[:, None].expand(-1, heads, -1)
         row = block_BC[:, None, :, None].expand(-1, heads, -1, self.k.shape[3])
         for x, pooled in ((self.k, self.pooled_k), (self.v, self.pooled_v)):
-            pooled.scatter_(2, row, nsa_reference.pool(nsa_reference.take(x, slot_BHK), block_size))
+            read = x.clone() if x.requires_grad else x  # gather keeps what it has read for the backward pass
+            pooled.scatter_(2, row, nsa_reference.pool(nsa_reference.take(read, slot_BHK), block_size))
 
 
 class NativeSparseAttention(Mixer):
@@ -221,6 +227,8 @@ class NativeSparseAttention(Mixer):
     ) -> tuple[Tensor, Tensor]:
         """As `_parallel`, over cached and new keys."""
         index_BT = state.append(k, v, context.lengths)
+        if torch.is_grad_enabled():
+            state = state.split_off()
         near = self._cached_window(q, index_BT, state)
         # the kernels have no gradients where queries and keys differ in number
         if q.shape[1] > 1 and not torch.is_grad_enabled() and self._has_kernel(q):
@@ -239,7 +247,6 @@ class NativeSparseAttention(Mixer):
             block_size=self.block_size,
             selected_blocks=self.selected_blocks,
         )
-        state.detach()
         return blocks, near
 
     def _cached_window(self, q: Tensor, index_BT: Tensor, state: NativeSparseState) -> Tensor:

@@ -40,12 +40,10 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 class RMSNorm(nn.RMSNorm):
     """RMSNorm over the last dimension (arXiv 1910.07467), computed in at least float32."""
 
-    def forward(self, x_BTC: Tensor) -> Tensor:
-        """[B, T, C] in x's dtype, or autocast's."""
-        return rms_norm(x_BTC, self.weight, self.eps)
-
-    def add(self, x_BTC: Tensor, residual_BTC: Tensor) -> tuple[Tensor, Tensor]:
-        """The norm of x + residual, and the sum itself."""
+    def forward(self, x_BTC: Tensor, residual_BTC: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """[B, T, C] in x's dtype, or autocast's; with a residual the norm of x + residual, and the sum itself."""
+        if residual_BTC is None:
+            return rms_norm(x_BTC, self.weight, self.eps)
         return add_rms_norm(x_BTC, residual_BTC, self.weight, self.eps)
 
 
@@ -145,13 +143,14 @@ def linears(x: Tensor, *modules: nn.Module) -> tuple[Tensor, ...]:
         x: [..., C].
         modules: maps from C.
     """
-    if not (_is_fused(x) and x.requires_grad and all(_is_plain(m) for m in modules)):
+    if not (_is_fused(x) and x.requires_grad and all(is_plain(m) for m in modules)):
         return tuple(module(x) for module in modules)
     dtype = compute_dtype(x)
     return _Linears.apply(x.to(dtype), *(module.weight.to(dtype) for module in modules))
 
 
-def _is_plain(module: nn.Module) -> bool:
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module is its weight and nothing else: a linear map without bias, adapter, hook or other forward."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return type(module) is nn.Linear and module.bias is None and not any(hooks) and "forward" not in vars(module)
 
