@@ -103,6 +103,8 @@ def check_cu_seqlens(cu_seqlens: Tensor, batch: int, length: int) -> None:
     Raises:
         ValueError: not a 1-D integer tensor from 0 to `length` that never falls, or a batch other than 1.
     """
+    if not isinstance(cu_seqlens, Tensor):
+        raise ValueError(f"cu_seqlens is a {type(cu_seqlens).__name__}: give an integer tensor [N + 1] of boundaries")
     if cu_seqlens.ndim != 1 or cu_seqlens.is_floating_point() or cu_seqlens.numel() < 2:
         raise ValueError(
             f"cu_seqlens must be a 1-D integer tensor of at least two entries, got shape "

@@ -25,6 +25,9 @@ NEVER = torch.iinfo(torch.int32).max
 
 def check_rule(window: int | None, sinks: int, budget: int | None) -> None:
     """Raises ValueError for numbers that aren't a rule; None stands for no limit."""
+    for name, value in (("window", window), ("sinks", sinks), ("budget", budget)):
+        if isinstance(value, bool | float):
+            raise ValueError(f"{name}={value!r}: must be a whole number")
     if window is not None and window < 1:
         raise ValueError(f"window={window}: must count at least the query's own key; use 1 or more, or None")
     if sinks < 0:

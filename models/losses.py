@@ -12,6 +12,15 @@ from torch import Tensor
 from models.ops import IGNORE
 
 
+def check_labels(labels: Tensor, tokens_BT: Tensor) -> None:
+    """Raises: ValueError for labels that aren't an id for each token."""
+    if labels.shape != tokens_BT.shape or labels.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"labels {tuple(labels.shape)} in {labels.dtype} must be the ids themselves, "
+            f"{tuple(tokens_BT.shape)} in int64; the shift is made here"
+        )
+
+
 def shift_labels(labels_BT: Tensor, mask_BT: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
     """Target of each column: the next token of the same document, or IGNORE."""
     if mask_BT is not None:

@@ -23,11 +23,11 @@ from models.blocks import Block
 from models.cache import HybridCache
 from models.config import HybridConfig
 from models.gated_deltanet import GatedDeltaNet
-from models.losses import cross_entropy, per_item, shift_labels
+from models.losses import check_labels, cross_entropy, per_item, shift_labels
 from models.mixer import Context
 from models.ops import RMSNorm, is_plain, linear_cross_entropy
 from models.outputs import HybridModelOutput, HybridOutput
-from models.padding import LeftAligned, check_mask, compose, document_bounds, prepend, unpad
+from models.padding import LeftAligned, check_mask, check_names, compose, document_bounds, prepend, unpad
 from models.retention import RetentionControls, build_penalty_control
 from models.rotary import rotary_angles
 
@@ -41,6 +41,23 @@ class HybridPreTrainedModel(PreTrainedModel):
     _is_stateful = True  # no assisted decoding: the cache can't be cropped
     # decays are exponentials of exponentials, and λ starts at 1e-9: too fine for 16 bits
     _keep_in_fp32_modules_strict = ("A_log", "dt_bias", "penalty_weight", "penalty_control.density")
+
+    @classmethod
+    def from_pretrained(cls, *args: object, **kwargs: object):
+        """As in transformers.
+
+        Raises:
+            ValueError: a device_map that spreads the model, whose layers share rotary angles, scores and a cache.
+        """
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        places = sorted({str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()})
+        if len(places) > 1:
+            raise ValueError(
+                f"device_map={kwargs['device_map']!r} spreads the model over {', '.join(places)}: it runs on one "
+                'device; give that, as in device_map={"": 0}'
+            )
+        return loaded
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict | None = None, **others: object
@@ -56,6 +73,19 @@ class HybridPreTrainedModel(PreTrainedModel):
                 "set it to False"
             )
         super().gradient_checkpointing_enable(gradient_checkpointing_kwargs, **others)
+
+    def _bounds(
+        self, cu_seqlens: Tensor | None, others: dict[str, object], mask: Tensor | None, cache: HybridCache | None
+    ) -> Tensor | None:
+        """cu_seqlens as given, or as other arguments of `forward` have them, which are checked.
+
+        Raises:
+            ValueError: a misspelt argument, or one that can't be obeyed.
+        """
+        check_names({"output_attentions": self.config.output_attentions, **others})
+        if cu_seqlens is None and cache is None:
+            return document_bounds(others, mask)
+        return cu_seqlens
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -112,6 +142,7 @@ class HybridModel(HybridPreTrainedModel):
         output_hidden_states: bool | None = None,
         last_columns: int = 0,
         keep_all: bool = False,
+        **others: object,
     ) -> HybridModelOutput:
         """Hidden states of a batch.
 
@@ -123,14 +154,21 @@ class HybridModel(HybridPreTrainedModel):
             cu_seqlens: [N + 1], boundaries of packed documents, with B = 1 and without a cache.
             last_columns: return the hidden states of the last so many columns only; 0: of all.
             keep_all: the rule keeps everything and the scorer rests.
+            others: cu_seq_lens_q, position_ids or seq_idx, as DataCollatorWithFlattening gives them, bound packed
+                documents.
 
         Raises:
             ValueError: arguments that exclude each other or don't fit.
         """
+        cu_seqlens = self._bounds(cu_seqlens, others, attention_mask, past_key_values)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         with_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         tokens = input_ids if inputs_embeds is None else inputs_embeds
+        kind, axes = ("input_ids", 2) if inputs_embeds is None else ("inputs_embeds", 3)
+        if tokens.ndim != axes or tokens.is_floating_point() != (axes == 3):
+            shape = "[B, T] of integers" if axes == 2 else "[B, T, C] of floating point"
+            raise ValueError(f"{kind} {tuple(tokens.shape)} in {tokens.dtype} must be {shape}")
         batch, length = tokens.shape[:2]
         if not length:
             raise ValueError(f"the input {tuple(tokens.shape)} holds no tokens; give at least one a row")
@@ -289,17 +327,22 @@ class HybridForCausalLM(RetentionControls, HybridPreTrainedModel, GenerationMixi
             input_ids: [B, T] int64; a token's document is the row, or a packed document (cu_seqlens, with B = 1).
             attention_mask: [B, T]; 0 for padding, which is neither read nor predicted.
             past_key_values: cache of the tokens before; new tokens may be any number.
-            labels: [B, T], labels[t] is token t itself (the shift is made here); -100 is ignored.
+            labels: [B, T] int64, labels[t] is token t itself (the shift is made here); -100 is ignored.
             logits_to_keep: logits of the last so many columns, or of the columns with these numbers [N] int64; 0, or
                 with labels: of all.
             num_items_in_batch: predicted tokens of the whole optimizer step, by which the loss is divided
                 (gradient accumulation); None: those of this call.
-            others: cu_seq_lens_q or position_ids, as DataCollatorWithFlattening gives them, bound packed documents.
+            use_cache: make a cache if there is none; None: don't (`generate` does, and `config.use_cache` is its).
+            others: as in `HybridModel`.
+
+        Raises:
+            ValueError: arguments that are misspelt, exclude each other or don't fit.
         """
-        if others.get("output_attentions", self.config.output_attentions):
-            raise ValueError("output_attentions=True: attention weights are never formed; leave it out")
-        if cu_seqlens is None and past_key_values is None:
-            cu_seqlens = document_bounds(others, attention_mask)
+        cu_seqlens = self._bounds(cu_seqlens, others, attention_mask, past_key_values)
+        if labels is not None:
+            check_labels(labels, input_ids if inputs_embeds is None else inputs_embeds[..., 0])
+        if not isinstance(logits_to_keep, Tensor) and logits_to_keep < 0:
+            raise ValueError(f"logits_to_keep={logits_to_keep}: give how many of the last columns, 0 for all")
         last = 0 if labels is not None or isinstance(logits_to_keep, Tensor) else logits_to_keep
         outputs = self.model(
             input_ids=input_ids,
@@ -321,7 +364,7 @@ class HybridForCausalLM(RetentionControls, HybridPreTrainedModel, GenerationMixi
         loss = lm_loss = None
         penalty = self._penalty_of(outputs.retention)
         if labels is not None:
-            targets = shift_labels(labels, attention_mask, cu_seqlens)
+            targets = shift_labels(labels.long(), attention_mask, cu_seqlens)
             if fused_loss:
                 total = linear_cross_entropy(hidden, self.lm_head.weight, targets)
             else:
@@ -400,6 +443,12 @@ class HybridForCausalLM(RetentionControls, HybridPreTrainedModel, GenerationMixi
         **kwargs,
     ) -> dict:
         """As in transformers; after the prompt nothing is padding, so a decoding step needs no mask."""
+        cache = kwargs.get("past_key_values")
+        if next_sequence_length is not None and next_sequence_length < 1 and cache is not None:
+            raise ValueError(
+                f"input_ids {tuple(input_ids.shape)}: past_key_values has read {cache.get_seq_length()} columns of "
+                "them; pass all ids so far and at least one new one, or the new ones alone with the whole mask"
+            )
         inputs = super().prepare_inputs_for_generation(
             input_ids, next_sequence_length, inputs_embeds=inputs_embeds, **kwargs
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,8 @@ def check_mask(mask: Tensor, batch: int, length: int, past: int) -> Tensor | Non
     Raises:
         ValueError: another shape.
     """
+    if not isinstance(mask, Tensor):
+        raise ValueError(f"attention_mask is a {type(mask).__name__}: give a tensor [{batch}, {length}] of 0 and 1")
     if mask.ndim != 2 or mask.shape[0] != batch or mask.shape[1] not in (length, past + length):
         raise ValueError(
             f"attention_mask {tuple(mask.shape)} must be [{batch}, {length}] for the new tokens"
@@ -33,13 +36,34 @@ def check_mask(mask: Tensor, batch: int, length: int, past: int) -> Tensor | Non
     return None if bool((mask != 0).all()) else mask != 0
 
 
+BOUNDS = ("cu_seq_lens_q", "position_ids", "seq_idx")  # of DataCollatorWithFlattening
+NAMES = ("attention_mask", "cu_seqlens", "inputs_embeds", "labels", "past_key_values", *BOUNDS)
+
+
+def check_names(given: Mapping[str, object]) -> None:
+    """Look through the arguments of `forward` that the models don't have.
+
+    transformers and what builds on it pass many to every model, which change nothing here. One that is nearly the
+    name of another is misspelt: documents would run into each other, say, and nobody would be told.
+
+    Raises:
+        ValueError: a misspelt argument, or one that can't be obeyed.
+    """
+    if given.get("output_attentions"):
+        raise ValueError("output_attentions=True: attention weights are never formed; leave it out")
+    for name, value in given.items():
+        near = get_close_matches(name, NAMES, 1, cutoff=0.9)
+        if near and name not in (*BOUNDS, "cu_seq_lens_k") and value is not None:
+            raise ValueError(f"{name}: the model has no such argument; is {near[0]} meant?")
+
+
 def document_bounds(given: Mapping[str, object], mask: Tensor | None) -> Tensor | None:
     """cu_seqlens [N + 1] of packed documents in the names of transformers' DataCollatorWithFlattening.
 
     Args:
-        given: `cu_seq_lens_q` [N + 1], or `position_ids` [1, T] that start at 0 with each document; the first may
-            have begun before the row. With a mask, or rows that hold one document each, there is nothing to bound:
-            None.
+        given: `cu_seq_lens_q` [N + 1]; or `position_ids` [1, T] that start at 0 with each document, of which the
+            first may have begun before the row; or `seq_idx` [1, T], the number of a token's document. With a mask,
+            or rows that hold one document each, there is nothing to bound: None.
 
     Raises:
         ValueError: several rows with several documents each.
@@ -47,22 +71,22 @@ def document_bounds(given: Mapping[str, object], mask: Tensor | None) -> Tensor 
     bounds = given.get("cu_seq_lens_q")
     if bounds is not None:
         return bounds.flatten().to(torch.int32)
-    positions = given.get("position_ids")
-    if positions is None or mask is not None:
+    name = next((name for name in ("position_ids", "seq_idx") if given.get(name) is not None), None)
+    if name is None or mask is not None:
         return None
-    # a row may begin within a document
-    starts = positions[:, 1:] == 0
-    if len(positions) > 1:
+    numbers = given[name]
+    starts = numbers[:, 1:] == 0 if name == "position_ids" else numbers[:, 1:] != numbers[:, :-1]
+    if len(numbers) > 1:
         if bool(starts.any()):
             raise ValueError(
-                f"position_ids {tuple(positions.shape)} start anew within rows: pack the documents into one row, or "
-                "give one document a row"
+                f"{name} {tuple(numbers.shape)} start anew within rows: pack the documents into one row, or give one "
+                "document a row"
             )
         return None
     first = 1 + starts[0].nonzero().flatten().to(torch.int32)
     if not len(first):
         return None
-    return torch.cat([first.new_zeros(1), first, first.new_tensor([positions.shape[1]])])
+    return torch.cat([first.new_zeros(1), first, first.new_tensor([numbers.shape[1]])])
 
 
 def unpad(x_BTC: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:

@@ -9,7 +9,7 @@ Shapes: B batch, T tokens.
 
 from __future__ import annotations
 
-import types
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +67,7 @@ def _prepare(model: PreTrainedModel, family: Family) -> None:
     for module in family.modules(model):
         module.lalte_family = family
         module.lalte_dense_forward = module.forward
-        module.forward = types.MethodType(_attention_forward, module)  # a method, so that copies of a model work
+        module.forward = partial(_attention_forward, module)  # copies of a model, and saved ones, have their own
     base.register_forward_pre_hook(_begin, with_kwargs=True)
     base.register_forward_hook(_finish, with_kwargs=True)
     base.lalte_streams = True
@@ -80,7 +80,7 @@ def _attention_forward(self: nn.Module, hidden_states: Tensor, *args, **kwargs):
     if not isinstance(step, StreamingStep):
         return self.lalte_dense_forward(hidden_states, *args, **kwargs)
     family: Family = self.lalte_family
-    out = step.attend(self.layer_idx, *family.project(self, hidden_states), family.scale(self))
+    out = step.attend(self.layer_idx, *family.project(self, hidden_states), getattr(self, family.scale))
     return getattr(self, family.output)(out.flatten(2)), None
 
 

@@ -29,7 +29,7 @@ class Family:
         attention: attribute of a layer that is its attention module.
         output: attribute of the attention module that is its last projection.
         project: queries, keys and values of hidden states [B, T, C].
-        scale: factor of the scores.
+        scale: attribute of the attention module that is the factor of the scores.
     """
 
     models: tuple[str, ...]
@@ -37,7 +37,7 @@ class Family:
     attention: str
     output: str
     project: Callable[[nn.Module, Tensor], Projected]
-    scale: Callable[[nn.Module], float]
+    scale: str
 
     def modules(self, model: PreTrainedModel) -> list[nn.Module]:
         """The attention modules of a model, from the first layer to the last."""
@@ -79,7 +79,7 @@ FAMILIES = (
         "self_attn",
         "o_proj",
         _project_separate,
-        lambda module: module.scaling,
+        "scaling",
     ),
     Family(
         ("GPTNeoXForCausalLM",),
@@ -87,7 +87,7 @@ FAMILIES = (
         "attention",
         "dense",
         _project_gpt_neox,
-        lambda module: module.scaling,
+        "scaling",
     ),
     Family(
         ("FalconForCausalLM",),
@@ -95,7 +95,7 @@ FAMILIES = (
         "self_attention",
         "dense",
         _project_falcon,
-        lambda module: module.inv_norm_factor,
+        "inv_norm_factor",
     ),
     Family(
         ("MptForCausalLM",),
@@ -103,7 +103,7 @@ FAMILIES = (
         "attn",
         "out_proj",
         _project_mpt,
-        lambda module: module.softmax_scale,
+        "softmax_scale",
     ),
 )
 

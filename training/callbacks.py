@@ -16,7 +16,13 @@ class RetentionCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
-        """Raises: ValueError where the Trainer's loss leaves the penalty out."""
+        """Raises: ValueError where the Trainer's loss leaves the penalty out, or copies of a model count in vain."""
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs are visible to one process, and the Trainer copies the model for every step "
+                "(DataParallel), so that what is kept can't be counted; start it with torchrun, or set "
+                "CUDA_VISIBLE_DEVICES to one"
+            )
         if args.label_smoothing_factor and model.config.has_scorer:
             raise ValueError(
                 f"label_smoothing_factor={args.label_smoothing_factor}: the Trainer makes that loss of logits alone, "

@@ -265,6 +265,8 @@ def test_places_in_the_cache_follow_the_kept_tokens():
     ("kwargs", "message"),
     [
         ({"window": 0}, "window=0"),
+        ({"window": 5.0}, "window=5.0: must be a whole number"),
+        ({"window": 3, "budget": True}, "budget=True: must be a whole number"),
         ({"window": 3, "sinks": -1}, "sinks=-1"),
         ({"window": 3, "budget": -2}, "budget=-2"),
         ({"window": 3, "backend": "cuda"}, "backend='cuda'"),

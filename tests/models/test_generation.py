@@ -164,6 +164,18 @@ def test_prompt_is_prefilled_in_chunks_with_one_logit_row():
     assert shapes == [(1, 1, VOCAB)] * 3
 
 
+def test_a_cache_without_anything_new():
+    """The prompt would be read a second time."""
+    model, ids = make_model(), make_ids(2, 20)
+    cache = model.new_cache(2)
+    prefill(model, ids, cache)
+    for length in (20, 12):
+        with pytest.raises(
+            ValueError, match=rf"input_ids \(2, {length}\): past_key_values has read 20 columns of them"
+        ):
+            generate(model, ids[:, :length], past_key_values=cache)
+
+
 def test_options_that_do_not_apply():
     model, ids = make_model(), make_ids(1, 10)
     with pytest.raises(ValueError, match="cache_implementation='static' doesn't apply"):
@@ -200,6 +212,18 @@ def test_save_and_load(variant, tmp_path):
         assert torch.equal(again(ids).logits, model(ids).logits)
     if again.penalty_control is not None:
         assert (again.penalty_control.counts == 0).all()
+
+
+def test_a_model_lies_on_one_device(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    AutoModelForCausalLM.from_pretrained(tmp_path, device_map="auto")
+    AutoModelForCausalLM.from_pretrained(tmp_path, device_map={"": "cpu"})
+    spread = {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.norm": "cpu", "penalty_control": "cpu"}
+    spread["model.layers"] = "disk"
+    with pytest.raises(
+        ValueError, match=r"spreads the model over cpu, disk: it runs on one device; give that, as in"
+    ):
+        AutoModelForCausalLM.from_pretrained(tmp_path, device_map=spread, offload_folder=tmp_path / "off")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -306,6 +306,55 @@ def test_arguments_that_do_not_fit():
         model(one, cu_seqlens=torch.tensor([0, 8]))
     with pytest.raises(ValueError, match="batch has 2 rows"):
         model(ids, cu_seqlens=bounds)
+    with pytest.raises(ValueError, match="cu_seqlens is a list: give an integer tensor"):
+        model(one, cu_seqlens=[0, 4, 9])
+    with pytest.raises(ValueError, match=r"attention_mask is a list: give a tensor \[2, 9\]"):
+        model(ids, attention_mask=[[1] * 9] * 2)
+    for inputs, shape in ((ids[0], r"\(9,\) in torch.int64"), (ids.float(), r"\(2, 9\) in torch.float32")):
+        with pytest.raises(ValueError, match=rf"input_ids {shape} must be \[B, T\] of integers"):
+            model(inputs)
+    with pytest.raises(ValueError, match=r"inputs_embeds \(2, 9\) in torch.int64 must be \[B, T, C\] of floating"):
+        model(inputs_embeds=ids)
+    for labels in (ids[:, 1:], ids.float()):
+        with pytest.raises(ValueError, match=r"^labels .* must be the ids themselves, \(2, 9\) in int64; the shift"):
+            model(ids, labels=labels)
+    assert_close(model(ids, labels=ids.int()).loss[None], model(ids, labels=ids).loss[None])
+    with pytest.raises(ValueError, match="logits_to_keep=-2: give how many of the last columns"):
+        model(ids, logits_to_keep=-2)
+
+
+@pytest.mark.parametrize("model", [make_model(), make_model().model], ids=["for causal LM", "base"])
+def test_misspelt_arguments_are_not_passed_over(model):
+    """A packed row would be read as one document; what other models have, and transformers passes on, is let be."""
+    ids, bounds = make_ids(1, 9), torch.tensor([0, 4, 9], dtype=torch.int32)
+    for name, meant in (("cu_seqlen", "cu_seqlens"), ("attention_masks", "attention_mask"), ("seq_id", "seq_idx")):
+        with pytest.raises(ValueError, match=rf"^{name}: the model has no such argument; is {meant} meant\?$"):
+            model(ids, **{name: bounds})
+    model(ids, token_type_ids=torch.zeros_like(ids), tokenizer="any", max_length_q=5, cu_seqlen=None)
+
+
+def test_outputs_begin_as_those_of_transformers():
+    """Code that takes them by their place gets what it wants."""
+    model, ids = make_model(), make_ids(2, 9)
+    expected = model(ids, labels=ids)
+    loss, logits = model(ids, labels=ids, return_dict=False)[:2]
+    assert torch.equal(loss, expected.loss)
+    assert torch.equal(logits, expected.logits)
+    logits, cache = model(ids, use_cache=True, return_dict=False)[:2]
+    assert_close(logits, expected.logits)
+    assert cache.columns == 9
+    assert_close(model(ids)[0], expected.logits)
+
+
+def test_norms_are_called():
+    """Hooks see them, and what replaces them need not be a norm of this project."""
+    model, ids, seen = make_model(), make_ids(2, 9), []
+    expected = model(ids).logits
+    block = model.model.layers[1]
+    for norm in (block.mixer_norm, block.mlp_norm):
+        norm.register_forward_hook(lambda module, *_: seen.append(module))
+    assert_close(model(ids).logits, expected)
+    assert seen == [block.mixer_norm, block.mlp_norm]
 
 
 # ---- training ----
@@ -472,7 +521,15 @@ def test_the_trainer_of_transformers_smooths_labels_only_without_a_penalty(tmp_p
         trainer.train()
 
 
-@pytest.mark.parametrize("names", [{}, {"return_flash_attn_kwargs": True, "return_position_ids": False}])
+@pytest.mark.parametrize(
+    "names",
+    [
+        {},
+        {"return_flash_attn_kwargs": True, "return_position_ids": False},
+        {"return_seq_idx": True, "return_position_ids": False},
+        {"return_seq_idx": True},
+    ],
+)
 def test_flattened_documents_do_not_see_each_other(names):
     """transformers' collator for packed documents gives what cu_seqlens gives."""
     model, lengths = trainable(scorer_dropout=0.0), (7, 1, 12)
@@ -485,6 +542,10 @@ def test_flattened_documents_do_not_see_each_other(names):
     assert_close(output.loss[None], expected.loss[None])
     alone = model(batch["input_ids"][:, :7], position_ids=torch.arange(7)[None])
     assert_close(alone.logits, expected.logits[:, :7])
+    hidden = model.model(**{name: x for name, x in batch.items() if name != "labels"}).last_hidden_state
+    assert_close(hidden, model.model(batch["input_ids"], cu_seqlens=bounds).last_hidden_state)
+    with pytest.raises(ValueError, match=r"seq_idx \(2, 4\) start anew within rows: pack"):
+        model(make_ids(2, 4), seq_idx=torch.tensor([[0, 0, 1, 1], [0, 0, 0, 0]]))
     for begun in ([0, 1, 0, 1], [5, 6, 0, 1]):
         with pytest.raises(ValueError, match=r"position_ids \(2, 4\) start anew within rows: pack"):
             model(make_ids(2, 4), position_ids=torch.tensor([begun, [0, 1, 2, 3]]))

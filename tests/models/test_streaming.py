@@ -8,6 +8,7 @@ keeps, with the masks and positions that the model makes for a text of just so m
 from __future__ import annotations
 
 import copy
+import pickle
 from dataclasses import replace
 from itertools import pairwise
 
@@ -365,6 +366,14 @@ def test_copies_and_reset():
     branch.reset()
     close(feed(other, branch, ids), fresh)
     assert [x.data_ptr() for x in branch.tensors] == addresses
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_that_was_streamed_is_saved_whole(name):
+    model, ids = build(name), tokens(1, 12, seed=16)
+    stream(model, 2, 5)
+    again = pickle.loads(pickle.dumps(model))
+    close(feed(again, stream(again, 2, 5), ids), feed(model, stream(model, 2, 5), ids))
 
 
 def test_dense_calls_are_untouched():
