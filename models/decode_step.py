@@ -133,6 +133,8 @@ def fuse_projections(model: HybridForCausalLM) -> None:
     Optimizers that update in place go on working; what replaces the data of a parameter (`model.to(...)`) undoes
     the fusion, and the next call repairs it. Besides the model, memory for one layer's weights is needed meanwhile.
     """
+    if _apart not in model._state_dict_hooks.values():
+        model.register_state_dict_post_hook(_apart)
     # also where the caller is in inference mode: parameters must stay fit for training
     with torch.inference_mode(False), torch.no_grad():
         for layer in model.model.layers:
@@ -142,6 +144,15 @@ def fuse_projections(model: HybridForCausalLM) -> None:
                 joined = torch.cat([x.detach() for x in parameters])
                 for parameter, piece in zip(parameters, joined.split([len(x) for x in parameters]), strict=True):
                     parameter.data = piece
+
+
+def _apart(model: nn.Module, state: dict[str, object], prefix: str, metadata: object) -> None:
+    """Tensors of a state dict that lie in one storage get one each over the same memory: savers such as Accelerate's
+    take names of one storage for names of one tensor, and leave all but one out."""
+    for name, x in state.items():
+        plain = name.startswith(prefix) and isinstance(x, Tensor) and not x.requires_grad
+        if plain and x.untyped_storage().nbytes() > x.nbytes:
+            state[name] = torch.from_dlpack(x)
 
 
 def addresses(model: HybridForCausalLM, cache: HybridCache) -> tuple[int, ...]:

@@ -17,6 +17,8 @@ if not ON_GPU:
 
 pytest.importorskip("triton")
 
+from accelerate import Accelerator  # noqa: E402
+from safetensors.torch import load_model, save_model  # noqa: E402
 from transformers import (  # noqa: E402
     GenerationConfig,
     LogitsProcessorList,
@@ -29,7 +31,7 @@ from transformers import (  # noqa: E402
 from transformers.generation.streamers import BaseStreamer  # noqa: E402
 
 from models import HybridForCausalLM, decoding  # noqa: E402
-from models.decode_step import DecodeStep, addresses, fuse_projections, unsupported  # noqa: E402
+from models.decode_step import DecodeStep, addresses, fuse_projections, side_by_side, unsupported  # noqa: E402
 from models.decoding import GraphedDecoder, served_sampling  # noqa: E402
 from models.generation import Sampling, decode, decode_one_token, prefill, sample  # noqa: E402
 from tests.tiny_models import VOCAB, assert_close, make_ids, make_model, make_variant, run_in_pieces  # noqa: E402
@@ -127,6 +129,32 @@ def test_training_goes_on_after_fusing():
     fuse_projections(model)
     assert weight.dtype == torch.float64
     assert weight.data_ptr() == model.model.layers[0].mlp.gate_proj.weight.data_ptr() + weight.nbytes
+
+
+def test_a_fused_model_is_saved_whole(tmp_path):
+    """Also by those who take tensors of one storage for one tensor."""
+    model, other = make_model(**PAIR), make_model(**PAIR, seed=1)
+    for _ in range(2):
+        fuse_projections(model)
+    state = model.state_dict()
+    assert len({x.untyped_storage().data_ptr() for x in state.values()}) == len(state) - 1, "but for tied embeddings"
+    for name, x in model.named_parameters():
+        assert state[name].data_ptr() == x.data_ptr(), "still the model's own memory"
+    accelerator = Accelerator(cpu=True)
+    accelerator.prepare(model)
+    accelerator.save_state(tmp_path / "state")
+    with torch.no_grad():
+        expected = {name: x.clone() for name, x in model.named_parameters()}
+        for x in model.parameters():
+            x.zero_()
+    accelerator.load_state(tmp_path / "state")
+    assert all(torch.equal(x, expected[name]) for name, x in model.named_parameters())
+    save_model(model, tmp_path / "model.safetensors")
+    load_model(other, tmp_path / "model.safetensors")
+    assert all(torch.equal(x, expected[name]) for name, x in other.named_parameters())
+    mlp = model.model.layers[0].mlp
+    assert side_by_side([mlp.gate_proj.weight, mlp.up_proj.weight]) is not None
+    assert copy.deepcopy(model).state_dict().keys() == state.keys()
 
 
 @pytest.mark.parametrize(
