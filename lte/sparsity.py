@@ -6,19 +6,18 @@ Shapes: B batch, T tokens, H KV heads, L attention layers.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from lte.exact import ExactTensors
 from lte.layout import Layout
 
 FORGOTTEN = 1000  # training passes without an update that no accumulation of gradients explains
 
 
-@dataclass(frozen=True)
-class RetentionStats:
+class RetentionStats(NamedTuple):
     """What one layer's scorer decided in one forward pass.
 
     Attributes:
@@ -65,7 +64,7 @@ def _eligible(
     return padding_BT1, eligible_BT[..., None], eligible_BT.sum().to(torch.float32).expand(heads), real_BT.sum()
 
 
-class PenaltyControl(nn.Module):
+class PenaltyControl(ExactTensors):
     """λ of every attention layer and KV head, raised while too much is kept and lowered while too little.
 
     Every `interval` optimizer steps a moving average of the kept density is compared with the target: above it
@@ -79,6 +78,8 @@ class PenaltyControl(nn.Module):
         minimum, maximum: bounds of a non-zero λ.
         smoothing: weight of the newest step in the moving average.
     """
+
+    EXACT = ("penalty_weight", "density", "counts")  # a λ of 1e-9 is 0 in half precision
 
     def __init__(
         self,
@@ -112,17 +113,6 @@ class PenaltyControl(nn.Module):
         self.steps.zero_()
         self.counts.zero_()
         self._know(0)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PenaltyControl:
-        """Moves to another device as every module does, and stays in float32 where a model is converted: a λ of 1e-9
-        is 0 in half precision."""
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = self._buffers[name]
-            if new.dtype != old.dtype:
-                self._buffers[name] = new.to(old.dtype) if old.is_meta else old.to(new.device)
-        return self
 
     def __getstate__(self) -> dict:
         # a copy's tensors count their versions anew

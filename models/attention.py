@@ -225,7 +225,9 @@ class RetainedAttention(Mixer):
                 off_by_one=self.off_by_one,
             )
         span = kv.append(k, v, logits, context.lengths)
-        return self._attend(q, span.k, span.v, span.end, span.positions, self.window, context, rotated=True)
+        # under autocast the cache has the weights' dtype
+        read = (q.to(span.k.dtype), span.k, span.v, span.end, span.positions)
+        return self._attend(*read, self.window, context, rotated=True).to(q.dtype)
 
     def _observed(self, policy: Policy, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         """Whole documents under a policy that is defined by decoding: decoded first for what each query reads."""

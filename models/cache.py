@@ -42,7 +42,13 @@ class HybridCache(Cache):
 
     @classmethod
     def allocate(cls, model: HybridModel, batch: int) -> HybridCache:
-        """An empty cache for `batch` rows, in the model's dtype and on its device."""
+        """An empty cache for `batch` rows, in the model's dtype and on its device.
+
+        Raises:
+            ValueError: a number that isn't one of rows.
+        """
+        if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+            raise ValueError(f"batch={batch!r} must be a whole number of at least 1 row")
         weight = model.embed_tokens.weight
         with torch.inference_mode(False):  # else later calls outside of that mode couldn't write
             states = [layer.mixer.allocate_state(batch, weight.dtype, weight.device) for layer in model.layers]

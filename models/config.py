@@ -195,6 +195,8 @@ class HybridConfig(PreTrainedConfig):
     def check(self) -> None:
         """Raises: ValueError naming field, value and remedy. Models ask again, since fields can be set later."""
         self._check_types()
+        if rope := getattr(self, "rope_parameters", None):  # transformers also puts rope_scaling there
+            raise ValueError(f"rope_parameters={rope} is not read here; set rope_theta, and leave it out")
 
         def one_of(name: str, values: tuple[str, ...]) -> None:
             if getattr(self, name) not in values:
@@ -217,12 +219,17 @@ class HybridConfig(PreTrainedConfig):
         if self.embedding_range is not None:
             at_least(0, "embedding_range")
         at_least(1, "max_position_embeddings", "penalty_interval")
-        at_least(0, "sinks", "budget", "keep_all_steps", "penalty_min", "scorer_lr_scale", "scorer_init_scale")
+        at_least(0, "sinks", "budget", "keep_all_steps", "penalty_min", "penalty_max")
+        at_least(0, "scorer_lr_scale", "scorer_init_scale")
         at_least(0, "initializer_range")
         at_least(2, "gdn_conv_size")
         if not 0 <= self.scorer_dropout < 1:
             raise ValueError(f"scorer_dropout={self.scorer_dropout} must lie in [0, 1)")
-        if self.penalty_max < self.penalty_min:
+        if self.penalty_min == 0 and self.penalty_max > 0:
+            raise ValueError(
+                "penalty_min=0, from which λ would never grow; set it to a small number, or penalty_max=0 for no λ"
+            )
+        if 0 < self.penalty_max < self.penalty_min:
             raise ValueError(f"penalty_max={self.penalty_max} is below penalty_min={self.penalty_min}; raise it")
         if self.rope_theta <= 0 or self.rms_norm_eps <= 0:
             raise ValueError(f"rope_theta={self.rope_theta} and rms_norm_eps={self.rms_norm_eps} must be positive")
@@ -346,12 +353,20 @@ def _fits(value: Any, kind: Any) -> bool:
         return isinstance(value, origin) and all(_fits(each, inner[0]) for each in value)
     if isinstance(value, bool):
         return kind is bool
+    if isinstance(value, float) and not math.isfinite(value):
+        return False
     return isinstance(value, (int, float) if kind is float else kind)
 
 
 def _in_words(kind: Any) -> str:
     """A field's type as a JSON author calls it."""
-    words = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", NoneType: "null"}
+    words = {
+        int: "a whole number",
+        float: "a finite number",
+        str: "a string",
+        bool: "true or false",
+        NoneType: "null",
+    }
     if get_origin(kind) is UnionType:
         return " or ".join(dict.fromkeys(_in_words(each) for each in get_args(kind)))
     if get_origin(kind) in (list, tuple):

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lte.exact import ExactTensors
 from lte.layout import Layout
 from models import delta_rule, fla_adapter
 from models.mixer import Mixer, MixerOutput
@@ -133,7 +134,7 @@ class GatedRMSNorm(nn.Module):
         return (normed * weight * F.silu(gate)).to(x_BTHV.dtype)
 
 
-class GatedDeltaNet(Mixer):
+class GatedDeltaNet(ExactTensors, Mixer):
     """Gated DeltaNet mixer (arXiv 2412.06464).
 
     Args:
@@ -151,6 +152,8 @@ class GatedDeltaNet(Mixer):
     Raises:
         ValueError: a size that isn't positive, conv_size < 2, or head_dim * expand_v not a whole number.
     """
+
+    EXACT = ("A_log", "dt_bias")  # decays are exponentials of exponentials
 
     def __init__(
         self,

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from models.cache import HybridCache
 from models.modeling import HybridForCausalLM
+from models.padding import check_ends
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,11 @@ def prefill(
 
     Returns:
         Logits [B, V] of the token after the prompt.
+
+    Raises:
+        ValueError: a prompt that ends in padding.
     """
+    check_ends(attention_mask, input_ids.shape[1])
     output = model(
         input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, logits_to_keep=1
     )

@@ -27,7 +27,7 @@ from models.losses import check_labels, cross_entropy, per_item, shift_labels
 from models.mixer import Context
 from models.ops import RMSNorm, is_plain, linear_cross_entropy
 from models.outputs import HybridModelOutput, HybridOutput
-from models.padding import LeftAligned, check_mask, check_names, compose, document_bounds, prepend, unpad
+from models.padding import LeftAligned, check_ends, check_mask, check_names, compose, document_bounds, prepend, unpad
 from models.retention import RetentionControls, build_penalty_control
 from models.rotary import rotary_angles
 
@@ -52,10 +52,10 @@ class HybridPreTrainedModel(PreTrainedModel):
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         places = sorted({str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()})
-        if len(places) > 1:
+        if len(places) > 1 or "disk" in places:
             raise ValueError(
-                f"device_map={kwargs['device_map']!r} spreads the model over {', '.join(places)}: it runs on one "
-                'device; give that, as in device_map={"": 0}'
+                f"device_map={kwargs['device_map']!r} puts the model on {', '.join(places)}: it runs in the memory "
+                'of one device; give that, as in device_map={"": 0}'
             )
         return loaded
 
@@ -83,9 +83,19 @@ class HybridPreTrainedModel(PreTrainedModel):
             ValueError: a misspelt argument, or one that can't be obeyed.
         """
         check_names({"output_attentions": self.config.output_attentions, **others})
-        if cu_seqlens is None and cache is None:
+        if cu_seqlens is not None:
+            return cu_seqlens
+        if cache is None:
             return document_bounds(others, mask)
-        return cu_seqlens
+        for name in ("cu_seq_lens_q", "seq_idx"):
+            if others.get(name) is not None:
+                raise ValueError(f"{name} packs whole documents: use it without past_key_values")
+        return None
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # transformers passes over a module of foreign code whose own tensors are loaded, and with it over what it
+        # initialises in its submodules; ours leaves loaded tensors alone
+        super()._initialize_weights(module, is_custom_code=False)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -100,18 +110,24 @@ class HybridPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=std / math.sqrt(depth))
         elif isinstance(module, nn.RMSNorm):
             init.ones_(module.weight)
-        elif isinstance(module, GatedDeltaNet | RetentionScorer | PenaltyControl) and not _is_loaded(module):
-            module.reset_parameters()
+        elif isinstance(module, GatedDeltaNet | RetentionScorer | PenaltyControl):
+            _reset_the_missing(module)
         elif isinstance(module, HybridModel) and module.sink_token is not None:
             init.normal_(module.sink_token, std=embedding_std)
         if isinstance(module, PenaltyControl):
             init.zeros_(module.counts)  # in no checkpoint, so loading leaves it uninitialised
 
 
-def _is_loaded(module: nn.Module) -> bool:
-    """Whether transformers has filled any of the module's tensors from a checkpoint."""
+def _reset_the_missing(module: GatedDeltaNet | RetentionScorer | PenaltyControl) -> None:
+    """Start values for those of a module's tensors that transformers hasn't filled from a checkpoint."""
     tensors = [*module.parameters(), *module.buffers()]
-    return any(getattr(x, "_is_hf_initialized", False) for x in tensors)
+    loaded = [x for x in tensors if getattr(x, "_is_hf_initialized", False)]
+    if len(loaded) == len(tensors):
+        return
+    values = [x.clone() for x in loaded]
+    module.reset_parameters()
+    for x, value in zip(loaded, values, strict=True):
+        x.copy_(value)
 
 
 class HybridModel(HybridPreTrainedModel):
@@ -190,6 +206,8 @@ class HybridModel(HybridPreTrainedModel):
             return HybridModelOutput(last_hidden_state=hidden, past_key_values=past_key_values, hidden_states=states)
         if cu_seqlens is not None:
             check_cu_seqlens(cu_seqlens, batch, length)
+            # what layers derive from it is kept for this tensor, which its owner may fill anew for the next rows
+            cu_seqlens = cu_seqlens.clone()
             if attention_mask is not None:
                 raise ValueError("packed rows (cu_seqlens) have no padding: leave attention_mask out")
         restore = None
@@ -426,6 +444,12 @@ class HybridForCausalLM(RetentionControls, HybridPreTrainedModel, GenerationMixi
             model_kwargs["past_key_values"] = take_cache(self, rows)
         else:
             model_kwargs["past_key_values"] = self.new_cache(rows)
+
+    def _prefill(self, input_ids: Tensor, generation_config, model_kwargs: dict, **kwargs):
+        """As in transformers, for prompts that end in a token."""
+        prompt = model_kwargs.get("inputs_embeds")
+        check_ends(model_kwargs.get("attention_mask"), (input_ids if prompt is None else prompt).shape[1])
+        return super()._prefill(input_ids, generation_config, model_kwargs, **kwargs)
 
     def _sample(self, input_ids: Tensor, *args: object, **kwargs: object):
         """Greedy decoding and sampling of `generate`; on CUDA through graphs (models/decoding.py)."""

@@ -239,7 +239,12 @@ def linear_cross_entropy(
 
     Returns:
         Scalar float32 (float64 for float64), differentiable once in hidden and weight.
+
+    Raises:
+        ValueError: not a target for each token.
     """
+    if targets.shape != hidden.shape[:-1]:
+        raise ValueError(f"targets {tuple(targets.shape)} must be {tuple(hidden.shape[:-1])}, one for each token")
     hidden_MC, targets_M = hidden.flatten(0, -2), targets.flatten()
     dtype = compute_dtype(hidden_MC)
     if chunk is None:

@@ -36,6 +36,20 @@ def check_mask(mask: Tensor, batch: int, length: int, past: int) -> Tensor | Non
     return None if bool((mask != 0).all()) else mask != 0
 
 
+def check_ends(mask_BT: Tensor | None, length: int) -> None:
+    """Raises: ValueError where a row's last `length` columns hold tokens and end in padding: what is predicted after
+    the last column wouldn't follow from its text."""
+    if mask_BT is None or not length:
+        return
+    new_BT = mask_BT[:, -length:] != 0
+    wrong = (new_BT.any(1) & ~new_BT[:, -1]).nonzero().flatten().tolist()
+    if wrong:
+        raise ValueError(
+            f"attention_mask: row {wrong[0]} ends in padding, and the next token would follow that; pad at the left, "
+            "as in tokenizer(texts, padding=True, padding_side='left')"
+        )
+
+
 BOUNDS = ("cu_seq_lens_q", "position_ids", "seq_idx")  # of DataCollatorWithFlattening
 NAMES = ("attention_mask", "cu_seqlens", "inputs_embeds", "labels", "past_key_values", *BOUNDS)
 
@@ -75,6 +89,8 @@ def document_bounds(given: Mapping[str, object], mask: Tensor | None) -> Tensor 
     if name is None or mask is not None:
         return None
     numbers = given[name]
+    if numbers.ndim != 2:
+        raise ValueError(f"{name} {tuple(numbers.shape)} must be [B, T], a number for each token")
     starts = numbers[:, 1:] == 0 if name == "position_ids" else numbers[:, 1:] != numbers[:, :-1]
     if len(numbers) > 1:
         if bool(starts.any()):

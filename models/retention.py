@@ -160,6 +160,6 @@ class RetentionControls:
             self.penalty_control.count_pass()
         if not stats:
             return None
-        if self.training:
+        if self.training and torch.is_grad_enabled():
             self.penalty_control.observe(stats)
         return self.penalty_control.penalty(stats)

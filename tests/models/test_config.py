@@ -1,6 +1,7 @@
 """Configurations: what is refused and in which words, the shipped files with their exact sizes, and `describe`."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,15 @@ REQUIRED = [name for name in COUNTS if "nsa" not in name]
         ({"gdn_conv_size": 1}, r"gdn_conv_size=1 must be at least 2"),
         ({"penalty_max": 1e-12}, r"penalty_max=1e-12 is below penalty_min=1e-09"),
         ({"rms_norm_eps": 0.0}, r"rms_norm_eps=0.0 must be positive"),
+        ({"rope_theta": math.inf}, r"rope_theta=inf must be a finite number"),
+        ({"embedding_range": math.nan}, r"embedding_range=nan must be a finite number or null"),
+        ({"penalty_min": 0}, r"penalty_min=0, from which λ would never grow; .* or penalty_max=0 for no λ"),
+        ({"penalty_max": -1.0}, r"penalty_max=-1.0 must be at least 0"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, r"rope_parameters=\{.* set rope_theta"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            r"rope_parameters=\{.*linear.*\} is not read",
+        ),
     ],
 )
 def test_refused(changes, message):

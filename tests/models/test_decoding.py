@@ -131,6 +131,17 @@ def test_training_goes_on_after_fusing():
     assert weight.data_ptr() == model.model.layers[0].mlp.gate_proj.weight.data_ptr() + weight.nbytes
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [{}, {"position_encoding": "rope_in_cache"}])
+def test_kernels_read_a_cache_under_autocast(changes):
+    """The cache has the weights' dtype, queries have autocast's, and the kernels want one."""
+    model, ids = make_model(**PAIR, **changes, attention_backend="triton").to(DEVICE), make_ids(2, 40).to(DEVICE)
+    expected = model(ids).logits
+    with torch.autocast(DEVICE, torch.bfloat16):
+        cached = run_in_pieces(model, ids, [20, 1, 19])
+    assert_close(cached.float(), expected, 5e-2)
+
+
 def test_a_fused_model_is_saved_whole(tmp_path):
     """Also by those who take tensors of one storage for one tensor."""
     model, other = make_model(**PAIR), make_model(**PAIR, seed=1)

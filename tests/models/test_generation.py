@@ -164,6 +164,22 @@ def test_prompt_is_prefilled_in_chunks_with_one_logit_row():
     assert shapes == [(1, 1, VOCAB)] * 3
 
 
+@pytest.mark.parametrize("piece", [None, 16])
+def test_a_prompt_that_ends_in_padding_is_refused(piece):
+    """Its next token would be drawn from what follows padding."""
+    model, (ids, mask) = make_model(), left_padded([make_ids(1, n, seed=n) for n in (30, 22)])
+    right = mask.flip(1)
+    message = "attention_mask: row 1 ends in padding, .* pad at the left, as in tokenizer"
+    with pytest.raises(ValueError, match=message):
+        generate(model, ids, attention_mask=right, prefill_chunk_size=piece)
+    with pytest.raises(ValueError, match=message):
+        prefill(model, ids, model.new_cache(2), right)
+    cache = model.new_cache(2)
+    prefill(model, ids, cache, mask)
+    pausing = torch.tensor([[1, 1], [0, 0]])  # a row without new tokens follows nothing
+    prefill(model, ids[:, :2], cache, torch.cat([mask, pausing], 1))
+
+
 def test_a_cache_without_anything_new():
     """The prompt would be read a second time."""
     model, ids = make_model(), make_ids(2, 20)
@@ -220,10 +236,9 @@ def test_a_model_lies_on_one_device(tmp_path):
     AutoModelForCausalLM.from_pretrained(tmp_path, device_map={"": "cpu"})
     spread = {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.norm": "cpu", "penalty_control": "cpu"}
     spread["model.layers"] = "disk"
-    with pytest.raises(
-        ValueError, match=r"spreads the model over cpu, disk: it runs on one device; give that, as in"
-    ):
-        AutoModelForCausalLM.from_pretrained(tmp_path, device_map=spread, offload_folder=tmp_path / "off")
+    for device_map, places in ((spread, "cpu, disk"), (dict.fromkeys(spread, "disk"), "disk")):
+        with pytest.raises(ValueError, match=rf"puts the model on {places}: it runs in the memory of one device;"):
+            AutoModelForCausalLM.from_pretrained(tmp_path, device_map=device_map, offload_folder=tmp_path / "off")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -241,6 +256,10 @@ def test_what_stays_float32(dtype, tmp_path):
         assert torch.equal(half.state_dict()[name], model.state_dict()[name])
     made = AutoModelForCausalLM.from_config(model.config, dtype=dtype)
     assert {n for n, x in made.state_dict().items() if x.dtype == torch.float32} == expected
+    model.model.layers[0].mixer.A_log.grad = torch.ones_like(model.model.layers[0].mixer.A_log)
+    cast = model.to(dtype)  # the other way to the same model
+    assert all(torch.equal(x, half.state_dict()[name]) for name, x in cast.state_dict().items())
+    assert cast.model.layers[0].mixer.A_log.grad.dtype == torch.float32
     ids = make_ids(2, 60)
     with torch.no_grad():
         expected = half(ids).logits.float()

@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 from transformers import DataCollatorWithFlattening, DynamicCache, Trainer, TrainingArguments
 
 import lalte
@@ -319,6 +320,14 @@ def test_arguments_that_do_not_fit():
         with pytest.raises(ValueError, match=r"^labels .* must be the ids themselves, \(2, 9\) in int64; the shift"):
             model(ids, labels=labels)
     assert_close(model(ids, labels=ids.int()).loss[None], model(ids, labels=ids).loss[None])
+    with pytest.raises(ValueError, match=r"position_ids \(9,\) must be \[B, T\], a number for each token"):
+        model(one, position_ids=torch.arange(9))
+    for name in ("cu_seq_lens_q", "seq_idx"):
+        with pytest.raises(ValueError, match=f"{name} packs whole documents: use it without past_key_values"):
+            model(one, past_key_values=model.new_cache(1), **{name: bounds})
+    for rows in (0, "2", True):
+        with pytest.raises(ValueError, match=f"batch={rows!r} must be a whole number of at least 1 row"):
+            model.new_cache(rows)
     with pytest.raises(ValueError, match="logits_to_keep=-2: give how many of the last columns"):
         model(ids, logits_to_keep=-2)
 
@@ -798,3 +807,92 @@ def test_a_graph_wants_the_learned_sink_to_be_read():
     assert "sink token has yet to be read" in unread_sink(model, cache)
     model(make_ids(1, 1), past_key_values=cache)
     assert unread_sink(model, cache) is None
+
+
+# ---- loading what isn't all there
+
+
+@pytest.fixture
+def junk(monkeypatch):
+    """Fresh memory is full of NaN, so that what nobody has set shows."""
+    move = HybridForCausalLM._move_missing_keys_from_meta_to_device
+
+    def filled(self, missing, *args):
+        move(self, missing, *args)
+        for name in missing:
+            tensor = self.get_parameter_or_buffer(name).data
+            tensor.fill_(math.nan if tensor.is_floating_point() else -77)
+
+    monkeypatch.setattr(HybridForCausalLM, "_move_missing_keys_from_meta_to_device", filled)
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [
+        "model.layers.0.mixer.q_conv1d.weight",
+        "model.layers.0.mixer.o_norm.weight",
+        "model.layers.0.mixer.dt_bias",
+        "model.layers.0.mixer.q_proj.weight",
+        "model.layers.1.mixer.scorer.weights.1",
+        "model.layers.1.mixer.scorer.out_bias",
+        "penalty_control.density",
+        "penalty_control.steps",
+    ],
+)
+def test_a_missing_tensor_has_its_start_value(tmp_path, junk, missing):
+    """And the others of its module those of the file."""
+    model = make_model()
+    model.penalty_control.steps.fill_(5)
+    model.penalty_control.penalty_weight.fill_(0.5)
+    state = model.state_dict()
+    del state[missing]
+    model.save_pretrained(tmp_path, state_dict=state)
+    again = HybridForCausalLM.from_pretrained(tmp_path)
+    for name, x in again.state_dict().items():
+        if name in state:
+            assert torch.equal(x, state[name]), name
+    found, fresh = again.state_dict()[missing], HybridForCausalLM(model.config).state_dict()[missing]
+    assert torch.isfinite(found).all()
+    if fresh.unique().numel() == 1:
+        assert torch.equal(found, fresh)
+    else:
+        assert 0 < found.abs().max() < 5 * fresh.abs().max()
+    assert again.penalty_control.steps_done() == (0 if missing.endswith("steps") else 5)
+
+
+@torch.no_grad()
+def test_boundaries_may_be_written_anew_in_place():
+    """As a loader does that has one buffer for them: what was derived from the former ones is not used again."""
+    model, ids, seen = make_model(), make_ids(1, 40), []
+    model.model.layers[0].mixer.register_forward_pre_hook(lambda _, args: seen.append(args[1].cu_seqlens))
+    bounds = torch.tensor([0, 7, 40], dtype=torch.int32)
+    model(ids, cu_seqlens=bounds)
+    bounds.copy_(torch.tensor([0, 30, 40]))
+    model(ids, cu_seqlens=bounds)
+    assert [x.tolist() for x in seen] == [[0, 7, 40], [0, 30, 40]]
+    assert seen[0] is not seen[1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["lalte", "gdn-full", "transformer"])
+def test_a_cache_under_autocast(family):
+    """The cache has the weights' dtype, and queries have autocast's."""
+    model, ids = make_model(family), make_ids(2, 40)
+    expected = model(ids).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        cached = run_in_pieces(model, ids, [20, 1, 1, 18])
+    assert_close(cached.float(), expected, 5e-2)
+
+
+def test_stats_are_seen_where_outputs_are_taken_apart():
+    """DataParallel, in which the Trainer evaluates where several GPUs are visible, DDP, FSDP and export do so."""
+    stats = make_model()(make_ids(2, 40)).retention
+    assert len(tree_leaves(stats)) == 4 * len(stats)
+
+
+@torch.no_grad()
+def test_passes_without_gradients_count_nothing():
+    """Scores of the same tokens that are taken in training mode, as reinforcement learning does, are no new ones."""
+    model = make_model().train()
+    model(make_ids(2, 60))
+    assert not model.penalty_control.counts.any()

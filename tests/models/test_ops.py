@@ -243,6 +243,8 @@ def test_loss_in_any_chunks():
 
 def test_loss_of_nothing_is_zero():
     hidden, weight = torch.randn(4, 8, requires_grad=True), torch.randn(9, 8, requires_grad=True)
+    with pytest.raises(ValueError, match=r"targets \(8,\) must be \(4,\), one for each token"):
+        ops.linear_cross_entropy(hidden, weight, torch.zeros(8, dtype=torch.int64))
     loss = ops.linear_cross_entropy(hidden, weight, torch.full((4,), ops.IGNORE))
     loss.backward()
     assert loss == 0
