@@ -25,4 +25,5 @@ def update_and_stop(self, args, state, control, **more):
 RetentionCallback.on_optimizer_step = update_and_stop
 torch.set_num_threads(1)
 file, *changes = json.loads(sys.argv[1])
-print(f"rank {os.environ['RANK']}: {lalte.main(['train', file, *changes])}")
+status = lalte.main(["train", file, *changes])
+sys.stdout.write(f"rank {os.environ['RANK']}: {status}\n")  # in one piece: ranks share the pipe
