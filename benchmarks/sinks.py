@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import Bench, add_common_arguments
+from benchmarks.harness import Bench, add_common_arguments, path_identity
 from eval.intervals import Moments
 from eval.streaming import chunks, text_tokens, texts_identity
 from models import HybridForCausalLM
@@ -59,7 +59,8 @@ def run_from_arguments(args: argparse.Namespace) -> int:
             "piece of text more than the cache"
         )
     settings = {"cache": args.cache, "length": args.length, "pieces": args.pieces, "text": texts_identity(args.text)}
-    bench = Bench("sinks", args, {**settings, "models": sorted(models)})
+    identities = {name: path_identity(folder) for name, folder in sorted(models.items())}
+    bench = Bench("sinks", args, {**settings, "models": identities})
     for sinks in SINKS:
         case = f"cache {sinks}+{args.cache - sinks}"
         bench.add_case(

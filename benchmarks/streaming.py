@@ -210,8 +210,12 @@ def _systems(settings: Settings) -> list[tuple[str, int | None]]:
 
 
 def _config(settings: Settings) -> dict[str, Any]:
-    """What the numbers depend on, files by their names."""
-    names = {name: Path(path).name for name in ("model", "text") if (path := getattr(settings, name))}
+    """What the numbers depend on; files by their names, and what tells them from others of these names."""
+    from benchmarks.harness import path_identity
+
+    given = {name: path for name in ("model", "text") if (path := getattr(settings, name))}
+    names = {name: Path(path).name for name, path in given.items()}
+    names |= {f"{name}_identity": path_identity(path) for name, path in given.items()}
     left_out = ("out", "figure", "overwrite")
     return {name: value for name, value in (asdict(settings) | names).items() if name not in left_out}
 

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("task", metavar="TASK", choices=["squad", "swde", "fda"], help="squad, swde or fda")
     add("--source", metavar="FILE", help="squad: JSON of SQuAD 1.1 or 2.0")
-    add("--form", default="question", metavar="NAME", help="squad: question (default) or sentence")
+    add("--form", metavar="NAME", help="squad: question (default) or sentence")
     add("--lengths", metavar="N,M", type=numbers, help="squad: pack to so many tokens, answer included")
     add("--pages", metavar="FILE|DIR", help="swde, fda: JSONL with doc_id and text, or a folder of .txt files")
     add("--pairs", metavar="FILE", help="swde, fda: JSONL with doc_id, key, value, or JSON {file: {key: value}}")
@@ -56,14 +56,14 @@ def run_from_arguments(args: argparse.Namespace) -> int:
     for name in needs:
         if getattr(args, name) is None:
             raise ValueError(f"{name}: missing; {args.task} is built from {' and '.join(f'--{n}' for n in needs)}")
-    foreign = ("pages", "pairs", "chunk") if args.task == "squad" else ("source", "lengths")
+    foreign = ("pages", "pairs", "chunk") if args.task == "squad" else ("source", "lengths", "form")
     for name in foreign:
         if getattr(args, name) is not None:
             raise ValueError(f"{name}: {args.task} has no use for it; leave --{name} out")
     tokenizer = None if args.tokenizer is None else load_tokenizer(args.tokenizer)
     chosen = {"tokenizer": tokenizer, "samples": args.samples, "seed": args.seed}
     if args.task == "squad":
-        documents = build_squad(args.source, form=args.form, lengths=args.lengths, **chosen)
+        documents = build_squad(args.source, form=args.form or "question", lengths=args.lengths, **chosen)
     else:
         documents = build_pairs(args.pages, args.pairs, chunk=args.chunk, **chosen)
     count = write_documents(args.out, documents, overwrite=args.overwrite)

@@ -18,6 +18,9 @@ from .results import METRICS, read_json, wilson, write_bytes
 
 TIMES = ("ms", "s", "tokens_per_s")
 AXES = {"L": "length (tokens)", "T": "position (tokens)", "D": "distance (lines)"}
+# settings that say which cases were measured, with what model and how it was run, or have notes of their own
+NOT_WHAT = ("tasks", "lengths", "distances", "tokens", "limit", "model", "budget", "retention", "cache", "systems")
+NOT_WHAT += ("batch_size", "chunk", "definition", "tokenizer", "seed", "samples", "wording")
 CASE = re.compile(r"(?P<stem>.+) (?P<axis>[LTD])(?P<place>\d+)")
 FIELDS = ("evaluation", "definition", "case", "metric", "system", "value", "low", "high", "n", "best", "file")
 
@@ -29,6 +32,13 @@ class Run:
     name: str
     path: Path
     content: dict[str, Any]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What was measured: the run's settings without those that a comparison is about."""
+        config = self.content.get("config")
+        config = config if isinstance(config, dict) and self.content.get("definition") else {}
+        return {name: value for name, value in config.items() if name not in NOT_WHAT}
 
 
 @dataclass
@@ -59,9 +69,12 @@ class Section:
     def comparable(self, case: str, metric: str) -> bool:
         """Whether a case has several systems whose numbers say something about each other.
 
-        Times of different files don't, nor do losses and perplexities of different tokenizers.
+        Times of different files don't, nor do losses and perplexities of different tokenizers, nor what was measured
+        on other text or questions.
         """
         rows = self.at(case, metric)
+        if metric != "bytes" and differing([row["settings"] for row in rows]):
+            return False
         if metric in TIMES and len({row["file"] for row in rows}) > 1:
             return False
         if metric in ("perplexity", "loss") and len({row["tokenizer"] for row in rows}) > 1:
@@ -83,7 +96,18 @@ class Section:
             if len({json.dumps(value, default=str) for _, value in values}) > 1:
                 listed = ", ".join(dict.fromkeys(f"{run}: {value}" for run, value in values))
                 found.append(f"{self.evaluation}: the runs differ in their {name} ({listed})")
+        for name in differing([run.settings for run in self.runs]):
+            values = ((run.name, run.settings.get(name)) for run in self.runs)
+            listed = ", ".join(dict.fromkeys(f"{run}: {str(value)[:80]}" for run, value in values))
+            found.append(f"{self.evaluation}: the runs differ in their {name} ({listed}), so none is called best")
         return found
+
+
+def differing(settings: Sequence[dict[str, Any]]) -> list[str]:
+    """Names of the settings that have several values; a run that doesn't know a setting has none."""
+    names = dict.fromkeys(name for own in settings for name in own)
+    several = lambda name: len({json.dumps(own[name], sort_keys=True) for own in settings if name in own}) > 1
+    return [name for name in names if several(name)]
 
 
 def _stem(case: str) -> str:
@@ -132,7 +156,8 @@ def _named(run: Run) -> Iterable[dict[str, Any]]:
         if row["metric"] == "accuracy" and row["low"] is None and row["n"]:
             row["low"], row["high"] = wilson(row["median"] * row["n"], row["n"])
         name = f"{run.name} {row['system']}" if several else run.name
-        yield row | {"system": name, "file": str(run.path), "tokenizer": run.content.get("tokenizer")}
+        more = {"file": str(run.path), "tokenizer": run.content.get("tokenizer"), "settings": run.settings}
+        yield row | {"system": name, **more}
 
 
 def join(runs: Sequence[Run]) -> list[Section]:

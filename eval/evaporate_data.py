@@ -264,7 +264,8 @@ def build_squad(
             if length is not None:
                 text = _packed(own, contexts, line, length - ANSWER_ROOM, count, rng)
             if text is not None:
-                made.append(Document(text, answer, length=length, context=contexts[own], question=question))
+                passage = text.removesuffix(f"\n{line}")  # all of it, which is what `twice` reads twice
+                made.append(Document(text, answer, length=length, context=passage, question=question))
     if not made:
         smallest = f" in {max(lengths)} tokens" if lengths else ""
         raise ValueError(f"squad: no question of {path} can be asked{smallest}; try the other form or longer lengths")

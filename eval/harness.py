@@ -250,6 +250,8 @@ def run_harness(
     facts: dict[str, Any] = {"max_seq_lengths": list(lengths)}  # what RULER's tasks are told as they are loaded
     manager = TaskManager(metadata=facts, include_path=_folders(include), include_defaults=own_tasks)
     names = find_tasks(tasks, manager.all_tasks)
+    if len(set(lengths)) < len(lengths):
+        raise ValueError(f"lengths: {list(lengths)} names a length twice; name each once")
     version = metadata.version("lm_eval")
     settings = {
         "definition": f"lm-evaluation-harness {version}",

@@ -17,14 +17,16 @@ def bootstrap(
     *,
     draws: int = 1000,
     seed: int = 0,
-) -> tuple[float, float]:
-    """Percentile interval of a statistic of N samples with F features each.
+) -> tuple[float | None, float | None]:
+    """Percentile interval of a statistic of N samples with F features each; (None, None) of one, which says nothing.
 
     Args:
         statistic: takes the features' means over samples, float64 [draws, F]; gives [draws].
         draws: resamples.
         seed: of the resampling.
     """
+    if len(values_NF) < 2:
+        return None, None
     data_NF = torch.tensor(values_NF, dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
     means = []

@@ -37,6 +37,17 @@ def load_tokenizer(folder: str | Path) -> Any:
         raise ValueError(f"tokenizer: {folder} can't be read ({reason}); give a model's folder") from error
 
 
+def positions(model: torch.nn.Module) -> int | None:
+    """Tokens that a foreign model can tell the places of, by its config; None: no limit is known.
+
+    A model of this project names the length that it was trained on, which it may leave.
+    """
+    if hasattr(model, "new_cache"):
+        return None
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    return getattr(config, "max_position_embeddings", None)
+
+
 def system_name(model: torch.nn.Module) -> str:
     """What a model is called in results unless it is given a name: its kind."""
     return getattr(model.config, "model_type", None) or type(model).__name__

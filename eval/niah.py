@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from .answering import Runner, accuracy_row, answer
 from .conditions import evaluating, retained
-from .loading import model_identity, system_name, tokenizer_identity
+from .loading import model_identity, positions, system_name, tokenizer_identity
 from .needles import DEFINITION, NEW_TOKENS, find_task, make_samples, score
 from .results import SampleLog, claim_folder, result, say, write_bytes, write_json
 from .tables import heat_map, markdown_table, print_table
@@ -52,18 +52,25 @@ def _cell_summary(records: Sequence[dict[str, Any]], length: int, new_tokens: in
         "case": f"{task} L{length}",
         "samples": len(records),
         "errors": sum(record["score"] is None for record in records),
+        "error": next((record["error"] for record in records if record["score"] is None), None),
+        "longest": max(record["tokens"] for record in records) + new_tokens,
         "mean_prompt_tokens": round(sum(record["tokens"] for record in records) / len(records), 1),
         "used_share": round(sum(r["tokens"] + new_tokens for r in records) / len(records) / length, 3),
     }
 
 
-def _warnings(cells: Sequence[dict[str, Any]]) -> list[str]:
+def _warnings(cells: Sequence[dict[str, Any]], limit: int | None) -> list[str]:
     found = []
     for cell in cells:
         if cell["errors"]:
             found.append(
                 f"{cell['case']}: {cell['errors']} of {cell['samples']} samples failed and don't count; run again to "
-                "try them again"
+                f"try them again (the first: {cell['error']})"
+            )
+        if limit is not None and cell["longest"] > limit:
+            found.append(
+                f"{cell['case']}: with the answers, prompts have up to {cell['longest']} tokens, the model has "
+                f"{limit} positions"
             )
         if cell["used_share"] < 0.5:
             found.append(
@@ -167,7 +174,7 @@ def run_niah(
         device=device,
         **{key: settings[key] for key in ("definition", "tokenizer", "lengths", "samples", "seed")},
         cells=cells,
-        warnings=_warnings(cells),
+        warnings=_warnings(cells, positions(model)),
     )
     return _write_run(out, content, records, lengths, progress)
 

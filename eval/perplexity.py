@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from .conditions import evaluating, retained
 from .intervals import Moments
-from .loading import model_identity, system_name, tokenizer_identity
+from .loading import model_identity, positions, system_name, tokenizer_identity
 from .reports import case_table, print_cases
 from .results import claim_folder, read_json, result, row, say, write_bytes, write_json
 from .streaming import (
@@ -91,15 +91,16 @@ class Curve:
                 continue
             loss = tokens.mean
             # a few blocks may lie close together by chance: never narrower than for independent tokens
-            spread = _NORMAL * max(error for error in (tokens.error, blocks.error, 0.0) if math.isfinite(error))
+            errors = [error for error in (tokens.error, blocks.error) if math.isfinite(error)]
+            spread = _NORMAL * max(errors) if errors else None  # one token tells nothing
             found.append(
                 {
                     "from": low,
                     "to": min(high, low + bucket["read"]),
                     "tokens": tokens.count,
                     "perplexity": _exp(loss),
-                    "low": _exp(loss - spread),
-                    "high": _exp(loss + spread),
+                    "low": None if spread is None else _exp(loss - spread),
+                    "high": None if spread is None else _exp(loss + spread),
                     "ms": 1000 * bucket["s"] / bucket["read"],
                     "bytes": bucket["bytes"],
                 }
@@ -198,7 +199,7 @@ def _limit(model: Any, kind: str, limit: int | None) -> int | None:
     """Tokens that a model may read: a full cache of a foreign model ends at the positions it was trained with."""
     if limit is not None or hasattr(model, "new_cache") or kind == "stream":
         return limit
-    return getattr(model.config, "max_position_embeddings", None)
+    return positions(model)
 
 
 def run_perplexity(
@@ -276,8 +277,11 @@ def run_perplexity(
     ):
         reading = _Reading(model, new_cache(model, cache, 1, *rule), Curve(bucket_ends(tokens)))
         claim_folder(out, settings, resume=resume)
-        if (out / "result.json").exists():
-            return read_json(out / "result.json")  # of the same settings: there is nothing left to do
+        if (out / "result.json").exists():  # of the same settings: there is nothing left to do
+            content = read_json(out / "result.json")
+            if progress:
+                _show(content)
+            return content
         reading.load(states)
         bar.update(reading.position)
         saved = reading.position
@@ -313,8 +317,13 @@ def run_perplexity(
     write_bytes(out / "table.md", case_table(content["rows"]).encode(), overwrite=True)
     shutil.rmtree(states, ignore_errors=True)
     if progress:
-        shown = [entry for entry in content["rows"] if entry["metric"] == "perplexity"]
-        print_cases(shown, "perplexity up to a position [95 % interval]")
-        if ended != "tokens":
-            say(f"warning: stopped after {reading.position} of {tokens} tokens: {ended}")
+        _show(content)
     return content
+
+
+def _show(content: dict[str, Any]) -> None:
+    shown = [entry for entry in content["rows"] if entry["metric"] == "perplexity"]
+    print_cases(shown, "perplexity up to a position [95 % interval]")
+    if content["ended_by"] != "tokens":
+        read, wanted = content["tokens_read"], content["config"]["tokens"]
+        say(f"warning: stopped after {read} of {wanted} tokens: {content['ended_by']}")

@@ -39,13 +39,15 @@ def wilson(successes: float, n: int, z: float = 1.959964) -> tuple[float, float]
     return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))
 
 
-def row(case: str, system: str, metric: str, median: float, low: float, high: float, n: int) -> dict[str, Any]:
+def row(
+    case: str, system: str, metric: str, median: float, low: float | None, high: float | None, n: int
+) -> dict[str, Any]:
     """One row of a result file.
 
     Args:
         metric: one of `METRICS`.
         median: the value itself; for an accuracy the mean over samples.
-        low, high: its interval.
+        low, high: its interval; None where too little was measured for one.
         n: measurements or samples behind it.
 
     Raises:

@@ -138,6 +138,9 @@ def run_retained(
     if getattr(model, "retention", None) != "lte":
         raise ValueError(f"model: {type(model).__name__} has no retention scorer at work; give a laLTE model")
     names = [find_task(task).name for task in tasks]
+    for what, given in (("tasks", names), ("lengths", lengths)):
+        if len(set(given)) < len(given):
+            raise ValueError(f"{what}: {list(given)} names one twice; name each once")
     settings = {
         "definition": DEFINITION,
         "model": model_identity(model),

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from models.files import config_path
 from models.options import add_retention_arguments
 
+PATHS = ("out", "data", "text", "squad", "swde")  # settings that name files and folders
 T = TypeVar("T")
 
 
@@ -160,9 +161,16 @@ def resolve(kind: type[T], args: argparse.Namespace, needed: Sequence[str] = ("m
     for name in needed:
         if not getattr(config, name):
             raise ValueError(f"{name}: missing; give --{name.replace('_', '-')}")
-    if getattr(config, "out", None):
-        config.out = str(Path(config.out).expanduser())  # no shell does it in a file, or after --out=
+    for name in PATHS:  # no shell does it in a file, or after --out=
+        if isinstance(value := getattr(config, name, None), str):
+            setattr(config, name, _at_home(value))
+        elif isinstance(value, list):
+            setattr(config, name, [_at_home(each) for each in value])
     return config
+
+
+def _at_home(path: str) -> str:
+    return str(Path(path).expanduser()) if path.startswith("~") else path
 
 
 def load(config: ModelSettings) -> tuple[Any, Any]:

@@ -18,12 +18,12 @@ from tqdm import tqdm
 from .answering import accuracy_row
 from .conditions import evaluating, retained
 from .haystacks import key_words
-from .loading import model_identity, system_name, tokenizer_identity
+from .loading import model_identity, positions, system_name, tokenizer_identity
 from .results import SampleLog, claim_folder, row, wilson
-from .streaming import cache_text, new_cache
-from .streams import Piece, Stream, check_tokenizer, read_streams, run_streams, write_run
+from .streaming import cache_text, new_cache, start_tokens
+from .streams import Piece, Stream, check_answered, check_tokenizer, read_streams, run_streams, write_run
 
-DEFINITION = "StreamEval over lines as in LongEval, one distance a stream, right answers in the stream, version 2"
+DEFINITION = "StreamEval over lines as in LongEval, one distance a stream, right answers in the stream, version 3"
 NAMES = ("numbers", "words")
 HEAD = "Each line of this record gives the REGISTER_CONTENT of a name. Some lines are asked for later.\n\n"
 LINE = "line {name}: REGISTER_CONTENT is <{value}>\n"
@@ -55,7 +55,8 @@ def pieces(seed: int, distance: int, every: int, names: str) -> Iterator[Piece]:
 
 def _stream(tokenizer: Any, seed: int, distance: int, lines: int, every: int, names: str) -> Stream:
     indices = [question_index(seed, number) for number in range(questions(lines, distance, every))]
-    return Stream(tokenizer, pieces(seed, distance, every, names), indices, {"stream": seed, "distance": distance})
+    fields = {"stream": seed, "distance": distance}
+    return Stream(tokenizer, pieces(seed, distance, every, names), indices, fields, start_tokens(tokenizer))
 
 
 def question_index(seed: int, number: int) -> int:
@@ -149,7 +150,7 @@ def run_streameval(
     }
     make_cache = lambda batch: new_cache(model, cache, batch, *rule)
     make_cache(1)
-    out, rows, cells, answered = Path(out_dir), [], [], False
+    out, rows, cells, answered, longest = Path(out_dir), [], [], False, 0
     system = system or system_name(model)
     own_rule = (None, None) if cache == "stream" else (budget, retention)  # a streaming cache retains by itself
     total = streams * sum(questions(lines, distance, every) for distance in distances)
@@ -170,6 +171,10 @@ def run_streameval(
             rows += _rows(records, distance, system)
             failed = sum(record["score"] is None for record in records)
             cells.append({"case": f"streameval D{distance}", "samples": len(records), "errors": failed})
+            check_answered(answered, records)
+            longest = max([longest, *(record["position"] for record in records if record["score"] is not None)])
+    limit = None if cache == "stream" else positions(model)
+    beyond = [f"streams have up to {longest} tokens, the model has {limit} positions"]
     return write_run(
         out,
         "streameval",
@@ -179,6 +184,7 @@ def run_streameval(
         device=next(model.parameters()).device,
         title="StreamEval: accuracy at a distance in lines [95 % interval]" if progress else None,
         warn=progress,
+        warnings=beyond if limit is not None and longest > limit else (),
     )
 
 

@@ -15,10 +15,12 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import DynamicCache
 
 CACHES = ("auto", "full", "stream")
 SINKS, WINDOW = 4, 1020  # of a streaming cache, unless others are given
@@ -56,9 +58,17 @@ def text_pieces(paths: Sequence[str | Path]) -> Iterator[str]:
             yield rest if rest.endswith("\n") else f"{rest}\n"
 
 
+def start_tokens(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts in front of a text by itself: a begin token, or nothing."""
+    whole = tokenizer("a", verbose=False).input_ids
+    text = tokenizer("a", add_special_tokens=False, verbose=False).input_ids
+    places = range(len(whole) - len(text) + 1)
+    return whole[: next((n for n in places if text and whole[n : n + len(text)] == text), 0)]
+
+
 def text_tokens(paths: Sequence[str | Path], tokenizer: Any) -> Iterator[list[int]]:
     """The text's tokens in lists of any size; first what the tokenizer puts at a text's beginning, if anything."""
-    start = [token for token in tokenizer("", verbose=False).input_ids if token != tokenizer.eos_token_id]
+    start = start_tokens(tokenizer)
     if start:
         yield start
     for piece in text_pieces(paths):
@@ -139,9 +149,47 @@ def new_cache(
     if retention is not None or budget is not None:
         name = "budget" if retention is None else "retention"
         raise ValueError(f"{name}: {type(model).__name__} retains tokens with cache stream only; leave {name} out")
-    from transformers import DynamicCache
-
+    check_pieces(model)
     return DynamicCache(config=model.config)
+
+
+_READABLE: WeakSet[Any] = WeakSet()  # models that have been checked
+
+
+@torch.no_grad()
+def check_pieces(model: Any) -> None:
+    """Looks whether a foreign model remembers what it has read, by reading some tokens at once and in two pieces.
+
+    Raises:
+        ValueError: it doesn't, as its memory isn't in `past_key_values`, or that isn't keys and values alone; or its
+            logits aren't finite.
+    """
+    if model in _READABLE:
+        return
+    kind = type(model).__name__
+    config = model.config.get_text_config()
+    ids_BT = torch.arange(16, device=next(model.parameters()).device)[None] * 7 % config.vocab_size
+    cache = DynamicCache(config=model.config)
+    try:
+        whole = model(input_ids=ids_BT, use_cache=False).logits[:, -1].float()
+        read_chunk(model, ids_BT[:, :8], cache)
+        pieces = read_chunk(model, ids_BT[:, 8:], cache)[:, -1].float()
+        cache_bytes(cache)
+    except (TypeError, AttributeError, ValueError, IndexError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"model: {kind} can't be read in pieces with past_key_values ({reason}); use another model"
+        ) from error
+    if not (whole.isfinite().all() and pieces.isfinite().all()):
+        raise ValueError(
+            f"model: the logits of {kind} are not finite; its weights are damaged, or its dtype too small"
+        )
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
+    if not (pieces - whole).norm() <= tolerance * whole.norm():
+        raise ValueError(
+            f"model: {kind} forgets what it has read before, as its memory isn't in past_key_values; use another one"
+        )
+    _READABLE.add(model)
 
 
 def slots(sinks: int | None, window: int | None) -> tuple[int, int]:

@@ -8,6 +8,7 @@ fresh cache, after the question before it as an example.
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -22,10 +23,10 @@ from .choices import ANSWERS, Question, conversation
 from .conditions import evaluating, retained
 from .loading import model_identity, tokenizer_identity
 from .results import SampleLog, claim_folder, row
-from .streaming import cache_text, new_cache, slots
-from .streams import Piece, Stream, check_tokenizer, read_streams, run_streams, write_run
+from .streaming import cache_text, new_cache, slots, start_tokens
+from .streams import Piece, Stream, check_answered, check_tokenizer, read_streams, run_streams, write_run
 
-DEFINITION = "multiple-choice questions in a stream, right answers in the stream, exact match, version 1"
+DEFINITION = "multiple-choice questions in a stream, right answers in the stream, exact match, version 2"
 SYSTEMS = ("own", "dense", "window", "streaming", "one-shot")
 ONE_SHOT_CHUNK = 64  # its streams are short
 
@@ -52,9 +53,13 @@ def pieces_of(questions: Sequence[Question], number: int, write: Any) -> list[Pi
     return [next(source), next(source)]
 
 
-def _stream(tokenizer: Any, questions: Sequence[Question], numbers: Sequence[int], write: Any, system: str) -> Stream:
+def _stream(
+    tokenizer: Any, questions: Sequence[Question], numbers: Sequence[int], write: Any, system: str, chat: bool
+) -> Stream:
     make = pieces(questions, numbers, write) if system != "one-shot" else one_shot(questions, numbers[0], write)
-    return Stream(tokenizer, make, numbers, {"system": system})
+    # a chat template writes the begin token itself
+    start = () if chat else start_tokens(tokenizer)
+    return Stream(tokenizer, make, numbers, {"system": system}, start)
 
 
 def _cache_of(model: Any, system: str, rule: tuple[int, int, int | None, str | None]) -> tuple[Any, str]:
@@ -171,7 +176,9 @@ def run_streamqa(
         "retention": retention,
     }
     write = conversation(tokenizer, answers, chat)
-    write(questions[0], False)  # a template that doesn't work says so here
+    # a template that doesn't work says so here
+    written = "".join([*write(questions[0], True), *write(questions[0], False)])
+    settings["wording"] = hashlib.sha256(written.encode()).hexdigest()[:16]
     out, rows, cells, answered = Path(out_dir), [], [], False
     with (
         retained(model, *((budget, retention) if own else (None, None))),
@@ -184,7 +191,7 @@ def run_streamqa(
             dealt = [range(first, len(questions), streams) for first in range(min(streams, len(questions)))]
             if system == "one-shot":
                 dealt = [[number] for number in range(len(questions))]
-            makers = [partial(_stream, tokenizer, questions, numbers, write, system) for numbers in dealt]
+            makers = [partial(_stream, tokenizer, questions, numbers, write, system, chat) for numbers in dealt]
             size = min(chunk, ONE_SHOT_CHUNK) if system == "one-shot" else chunk
             read = lambda batch, size=size, make=caches[system][0]: read_streams(model, batch, size, make, bar)
             with SampleLog(out / "samples" / f"{system}.jsonl") as log:
@@ -193,6 +200,7 @@ def run_streamqa(
             rows += _rows(records, task, system)
             failed = sum(record["score"] is None for record in records)
             cells.append({"case": f"streamqa {task}", "system": system, "samples": len(records), "errors": failed})
+        check_answered(answered, records)
     return write_run(
         out,
         "streamqa",

@@ -53,6 +53,7 @@ class Stream:
         source: pieces without end.
         indices: numbers of the questions that count, in their order; what follows them is read but not judged.
         fields: what every record says besides.
+        start: tokens in front of the first piece.
 
     Attributes:
         open: questions that are still to be answered.
@@ -60,11 +61,17 @@ class Stream:
     """
 
     def __init__(
-        self, tokenizer: Any, source: Iterator[Piece], indices: Sequence[int], fields: dict[str, Any]
+        self,
+        tokenizer: Any,
+        source: Iterator[Piece],
+        indices: Sequence[int],
+        fields: dict[str, Any],
+        start: Sequence[int] = (),
     ) -> None:
         self.tokenizer, self.source, self.indices, self.fields = tokenizer, source, indices, fields
         self.open, self.records = len(indices), []
-        self.held: list[tuple[int, int | None]] = []  # token, and its question's number if it is part of an answer
+        # token, and its question's number if it is part of an answer
+        self.held: list[tuple[int, int | None]] = [(token, None) for token in start]
         self.asked: list[tuple[Piece, int]] = []  # questions, and how many tokens their answers have
         self.said: list[tuple[int, int]] = []  # (right token, likeliest token) of the answer that is being read
         self.position = 0
@@ -124,7 +131,10 @@ def read_streams(
     while any(stream.open for stream in streams):
         taken = [stream.take(chunk) for stream in streams]
         ids_BT = torch.tensor([[token for token, _ in row_] for row_ in taken], device=device)
-        guess_BT = read_chunk(model, ids_BT, cache).argmax(-1).cpu()
+        most_BT = read_chunk(model, ids_BT, cache).max(-1)
+        if not most_BT.values.isfinite().all():
+            raise ValueError("the model's logits are not finite")
+        guess_BT = most_BT.indices.cpu()
         likeliest_BT = torch.cat([ahead_B[:, None], guess_BT[:, :-1]], 1)
         ahead_B = guess_BT[:, -1]
         for stream, row_, guesses in zip(streams, taken, likeliest_BT.tolist(), strict=True):
@@ -152,9 +162,6 @@ def run_streams(
 
     Returns:
         Whether any stream could be read now or before.
-
-    Raises:
-        RuntimeError: none could.
     """
     done = lambda stream: all((log.records.get(index) or {}).get("score") is not None for index in stream.indices)
     open_ = [make for make in makers if not done(make())]
@@ -173,8 +180,6 @@ def run_streams(
             if len(batch) > 1:
                 waiting[:0] = [[make] for make in batch]
                 continue
-            if not answered and not waiting:
-                raise RuntimeError(f"no stream could be read: {error_text(error)}") from error
             records = streams[0].failed(error)
         else:
             answered = True
@@ -182,6 +187,13 @@ def run_streams(
         for record in records:
             log.append(record)
     return answered
+
+
+def check_answered(answered: bool, records: Sequence[dict[str, Any]]) -> None:
+    """Raises: RuntimeError with the first reason if no stream could be read."""
+    if not answered:
+        reason = next(record["error"] for record in records if record["score"] is None)
+        raise RuntimeError(f"no stream could be read: {reason}")
 
 
 def write_run(
@@ -194,6 +206,7 @@ def write_run(
     device: torch.device,
     title: str | None = None,
     warn: bool = False,
+    warnings: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Writes result.json and table.md of a finished run; they may replace those of the same run.
 
@@ -201,13 +214,14 @@ def write_run(
         config: how it was run; `definition`, `tokenizer` and `seed` are repeated beside the rows.
         cells: what was asked: `case`, `samples`, `errors`, and `system` where a run has several.
         title: of a table for the terminal; None: none is printed.
-        warn: whether to tell the terminal which questions failed.
+        warn: whether to tell the terminal which questions failed, and the warnings.
+        warnings: that the result holds.
 
     Returns:
         The content of result.json.
     """
     repeated = {key: config[key] for key in ("definition", "tokenizer", "seed")}
-    content = result(name, rows, config=config, device=device, **repeated, cells=cells)
+    content = result(name, rows, config=config, device=device, **repeated, cells=cells, warnings=list(warnings))
     write_json(folder / "result.json", content, overwrite=True)
     named = rows
     if any("system" in cell for cell in cells):
@@ -219,4 +233,6 @@ def write_run(
         if cell["errors"]:
             what = f"{cell['case']} {cell.get('system', '')}".strip()
             say(f"warning: {what}: {cell['errors']} of {cell['samples']} questions failed and don't count")
+    for warning in warnings if warn else ():
+        say(f"warning: {warning}")
     return content

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import sinks
+from benchmarks.harness import path_identity
 from eval.results import read_json
 from tests.tiny_models import make_model, make_tokenizer
 
@@ -107,3 +108,20 @@ def test_too_little_text_and_another_model_are_told(folders, tmp_path):
     reasons = {u["system"]: u["reason"] for u in read_json(tmp_path / "x.json")["unavailable"]}
     assert "fewer than 3000 pieces of 400 tokens" in reasons["none"]
     assert "is no model of full attention" in reasons["lalte"]
+
+
+def test_another_model_of_the_same_name_is_another_run(tmp_path, folders):
+    """A model that was trained again isn't measured before."""
+    first, second = tmp_path / "a" / "final", tmp_path / "b" / "final"
+    for seed, folder in enumerate((first, second)):
+        save(make(seed=seed), folder)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--debug", action="store_true")
+    sinks.add_arguments(parser)
+    sizes = ["--cache", "20", "--length", "90", "--pieces", "2", "--device", "cpu"]
+    where = ["--text", str(folders / "text.txt"), "--out", str(tmp_path / "sinks.json")]
+    measure = lambda folder: sinks.run_from_arguments(parser.parse_args([f"--model=none={folder}", *sizes, *where]))
+    assert measure(first) == measure(first) == 0
+    assert path_identity(first) != path_identity(second)
+    with pytest.raises(ValueError, match="holds results of another config"):
+        measure(second)

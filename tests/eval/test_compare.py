@@ -19,7 +19,8 @@ def accuracy(case, right, n=100, system="lalte"):
 
 
 def write_run(folder, rows, name="niah", **more):
-    content = result(name, rows, config={}, device="cpu", **({"definition": "RULER", "seed": 42} | more))
+    more = {"definition": "RULER", "seed": 42, "config": {}} | more
+    content = result(name, rows, device="cpu", **more)
     write_json(folder / "result.json", content)
     return str(folder)
 
@@ -89,6 +90,27 @@ def test_what_sets_runs_apart_is_noted_or_decides_nothing(tmp_path):
     (section,) = join([read_run(write_run(tmp_path / "bench", bench, name="decode"))])
     assert section.systems == ["bench lalte", "bench sdpa"]
     assert section.best("decode T64", "ms") == "bench lalte", "times of one file are"
+
+
+def test_none_is_best_at_different_questions(two, tmp_path):
+    """What was read decides nothing about the models; how it was read, and which cases there are, is as good."""
+    rows = [accuracy("niah_single_1 L4096", 20)]
+    settings = {"text": ["a.txt 9"], "model": "x", "budget": 3, "lengths": [4096], "batch_size": 8}
+    a = write_run(tmp_path / "a", [accuracy("niah_single_1 L4096", 95)], config=settings)
+    same = settings | {"model": "y", "budget": None, "lengths": [512, 4096], "batch_size": 1}
+    b = write_run(tmp_path / "b", rows, config=same)
+    (section,) = join([read_run(a), read_run(b)])
+    assert section.best("niah_single_1 L4096", "accuracy") == "a"
+    assert section.warnings() == []
+    older = write_run(tmp_path / "older", rows, config={"model": "z"})
+    assert join([read_run(a), read_run(older)])[0].best("niah_single_1 L4096", "accuracy") == "a", "it didn't say"
+    c = write_run(tmp_path / "c", rows, config=settings | {"text": ["b.txt 7"]})
+    (section,) = join([read_run(a), read_run(c)])
+    assert section.best("niah_single_1 L4096", "accuracy") is None
+    assert section.warnings() == [
+        "niah: the runs differ in their text (a: ['a.txt 9'], c: ['b.txt 7']), so none is called best"
+    ]
+    assert "none is called best" in markdown([section])
 
 
 def test_accuracies_without_an_interval_get_one(tmp_path):
@@ -209,6 +231,7 @@ def test_the_bootstrap_covers_a_mean():
         held += low <= 2 <= high
         assert low < float(values.mean()) < high
     assert 34 <= held <= 40
+    assert bootstrap([[1.0]], lambda means: means[:, 0]) == (None, None), "one sample tells nothing"
 
 
 def test_many_curves_are_told_apart(tmp_path):

@@ -16,7 +16,9 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from eval import loading, needles, niah_cli
 from eval.answering import answer, encode_prompts
+from eval.evaporate_cli import EvaporateConfig
 from eval.niah import run_niah
+from eval.perplexity_cli import PerplexityConfig
 from eval.settings import resolve
 
 LENGTHS = [700, 900]
@@ -199,6 +201,7 @@ def test_a_failing_sample_is_recorded_and_tried_again(tokenizer, tmp_path, capsy
     assert [row["n"] for row in content["rows"]] == [5, 6]
     assert [row["median"] for row in content["rows"]] == [1.0, 1.0]
     assert [cell["errors"] for cell in content["cells"]] == [1, 0]
+    assert content["warnings"][0].endswith(f"(the first: RuntimeError: cannot read {bad})")
     assert "1 of 6 samples failed" in content["warnings"][0]
     path = tmp_path / "samples/niah_single_1-L700.jsonl"
     record = next(r for r in map(json.loads, path.read_text().splitlines()) if r["expected"] == [bad])
@@ -415,6 +418,21 @@ def test_a_home_in_a_file_is_the_one_of_the_shell(tmp_path, monkeypatch):
     file = tmp_path / "c.yaml"
     file.write_text("model: ~/m\nout: ~/runs/niah\n")
     assert resolve(niah_cli.NiahConfig, parse("--config", str(file))).out == str(tmp_path / "runs/niah")
+    file.write_text("model: ~/m\nout: o\ntext: [~/a.txt, b/~.txt]\n")
+    given = argparse.Namespace(config=str(file))
+    assert resolve(PerplexityConfig, given).text == [str(tmp_path / "a.txt"), "b/~.txt"]
+    file.write_text("model: ~/m\nout: o\ntask: swde\ndata: ~/d.jsonl\n")
+    assert resolve(EvaporateConfig, given).data == str(tmp_path / "d.jsonl")
+
+
+def test_prompts_beyond_a_model_s_positions_are_told(tokenizer, llama, tmp_path):
+    content = run(llama, tokenizer, tmp_path, samples=1, lengths=[700, 2600])
+    limit = llama.config.max_position_embeddings
+    told = [warning for warning in content["warnings"] if f"the model has {limit} positions" in warning]
+    assert [warning.split(":")[0] for warning in told] == [
+        cell["case"] for cell in content["cells"] if cell["longest"] > limit
+    ]
+    assert len(told) == 1
 
 
 def test_the_shipped_config_is_the_default():

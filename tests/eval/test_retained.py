@@ -93,6 +93,7 @@ def test_a_run_writes_its_folder_once(model, tokenizer, tmp_path):
     [
         ([100], None, "length: 100 tokens are too few"),
         ([], None, "lengths: \\[\\]"),
+        ([1700, 1700], None, "lengths: \\[1700, 1700\\] names one twice"),
         ([1700], -1, "budget: -1 is negative"),
     ],
 )

@@ -9,6 +9,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers as tf
+from tokenizers import processors
 from transformers import MistralConfig, MistralForCausalLM
 
 from eval import perplexity_cli, streameval_cli
@@ -22,6 +24,7 @@ from eval.streaming import (
     new_cache,
     read_chunk,
     save_cache,
+    start_tokens,
     text_pieces,
     text_tokens,
 )
@@ -70,6 +73,30 @@ def test_files_are_one_text(tmp_path, monkeypatch):
     for name in ("bad.txt", "bad.gz", "broken.gz", "missing.txt"):
         with pytest.raises(ValueError, match=f"text: .*{name} can't be read"):
             list(text_pieces([tmp_path / name]))
+
+
+def test_a_begin_token_that_also_ends_texts_is_one():
+    tokenizer = make_tokenizer()
+    assert start_tokens(tokenizer) == []
+    assert start_tokens(make_tokenizer(bos=True)) == [2]
+    both = processors.TemplateProcessing(single="<eos> $A <eos>", special_tokens=[("<eos>", 0)])
+    tokenizer.backend_tokenizer.post_processor = both
+    assert start_tokens(tokenizer) == [0]
+
+
+def test_models_that_can_not_be_read_in_pieces_are_refused(tokenizer, book, tmp_path):
+    """Their memory isn't where it is looked for: perplexity would be that of a model without one."""
+    sizes = {"vocab_size": 400, "hidden_size": 16, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    forgetful = tf.RwkvForCausalLM(tf.RwkvConfig(attention_hidden_size=16, intermediate_size=32, **sizes)).eval()
+    other = tf.MambaForCausalLM(tf.MambaConfig(state_size=4, **sizes)).eval()
+    for model in (forgetful, other):
+        for parameter in model.parameters():
+            parameter.data.normal_(std=0.5)
+        with pytest.raises(ValueError, match=r"^model: (Rwkv|Mamba)ForCausalLM .* use another"):
+            run_perplexity(model, tokenizer, [book], tmp_path / "out", tokens=64, progress=False)
+    assert not (tmp_path / "out").exists()
+    new_cache(make_llama(), "full", 1)
 
 
 def test_tokens_come_in_chunks(book):
@@ -405,6 +432,39 @@ def test_streams_that_fail_are_tried_alone_and_again(tokenizer, tmp_path):
         run_streameval(broken, tokenizer, [2], tmp_path / "b", **arguments)
     healed = run_streameval(Rememberer(10**6), tokenizer, [2], tmp_path / "b", **arguments)
     assert healed["cells"] == [{"case": "streameval D2", "samples": 6, "errors": 0}]
+
+
+def test_logits_that_are_not_finite_are_no_wrong_answers(tokenizer, tmp_path):
+    how = {"lines": 12, "every": 6, "streams": 1, "progress": False}
+    model = make_llama()
+    model.lm_head.weight.data[0, 0] = math.nan
+    with pytest.raises(ValueError, match="the logits of LlamaForCausalLM are not finite; its weights are damaged"):
+        run_streameval(model, tokenizer, [2], tmp_path / "a", **how)
+    late = Rememberer(10**6)
+    late.forward = lambda input_ids, past_key_values, use_cache: argparse.Namespace(
+        logits=torch.full((*input_ids.shape, 400), math.nan)
+    )
+    with pytest.raises(RuntimeError, match="no stream could be read: ValueError: the model's logits are not finite"):
+        run_streameval(late, tokenizer, [2], tmp_path / "b", **how)
+
+
+def test_streams_beyond_a_model_s_positions_are_told(tokenizer, tmp_path):
+    how = {"lines": 30, "every": 5, "streams": 1, "progress": False}
+    (warning,) = run_streameval(make_llama(positions=200), tokenizer, [2], tmp_path / "a", **how)["warnings"]
+    assert warning.endswith("the model has 200 positions")
+    for out, more in (("b", {"cache": "stream", "window": 50}), ("c", {})):
+        model = make_llama(positions=200 if more else 4096)
+        assert run_streameval(model, tokenizer, [2], tmp_path / out, **how, **more)["warnings"] == []
+
+
+def test_streams_begin_as_the_tokenizer_begins_texts(tmp_path):
+    tokenizer = make_tokenizer(bos=True)
+    model, read = Rememberer(10**6), []
+    forward = model.forward
+    model.forward = lambda input_ids, **more: (read.append(input_ids[0].tolist()), forward(input_ids, **more))[1]
+    run_streameval(model, tokenizer, [2], tmp_path, lines=12, every=6, streams=1, progress=False)
+    assert read[0][0] == 2
+    assert sum(ids.count(2) for ids in read) == 1
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,11 +1,13 @@
 """Streaming question answering: data, turns, judged answers against one forward pass, and the command."""
 
 import argparse
+import copy
 import gzip
 import json
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from eval import streamqa_cli
 from eval.choices import Question, conversation, read_questions
@@ -141,6 +143,48 @@ def test_answers_are_those_of_one_pass(answers, tokenizer, tmp_path):
     run("retained", window=30, retention="recency", **kept)
     run("longer", window=39, systems=["streaming"], sinks=2)
     assert seen(tmp_path / "retained", "streaming") == seen(tmp_path / "longer", "streaming")
+
+
+def test_a_system_that_fails_does_not_end_the_others(tokenizer, tmp_path, monkeypatch):
+    """The whole stream may not fit into the memory where a window does."""
+    model = make_llama()
+    forward = model.forward
+
+    def limited(input_ids, past_key_values=None, **more):
+        if isinstance(past_key_values, DynamicCache) and past_key_values.get_seq_length() > 90:
+            raise torch.cuda.OutOfMemoryError("too long")
+        return forward(input_ids=input_ids, past_key_values=past_key_values, **more)
+
+    monkeypatch.setattr(model, "forward", limited)
+    how = {"window": 30, "chunk": 32, "progress": False}
+    systems = ["dense", "streaming"]
+    content = run_streamqa(model, tokenizer, QUESTIONS, tmp_path / "a", systems=systems, **how)
+    assert [(cell["system"], cell["errors"]) for cell in content["cells"]] == [("dense", 5), ("streaming", 0)]
+    assert {row["system"] for row in content["rows"]} == {"streaming"}
+    with pytest.raises(RuntimeError, match="no stream could be read: OutOfMemoryError: too long"):
+        run_streamqa(model, tokenizer, QUESTIONS, tmp_path / "b", systems=["dense"], **how)
+
+
+def test_streams_of_plain_text_begin_as_the_tokenizer_begins_texts(tmp_path):
+    tokenizer = make_tokenizer(bos=True)
+    model, read = Rememberer(10**6), []
+    forward = model.forward
+    model.forward = lambda input_ids, **more: (read.append(input_ids[0].tolist()), forward(input_ids, **more))[1]
+    run_streamqa(model, tokenizer, QUESTIONS, tmp_path, systems=["own"], chat=False, progress=False)
+    assert read[0][0] == 2
+    assert sum(ids.count(2) for ids in read) == 1
+
+
+def test_another_chat_template_is_another_run(tokenizer, tmp_path):
+    own = copy.deepcopy(tokenizer)
+    how = {"systems": ["own"], "progress": False}
+    for template, words in ((TEMPLATE, None), (TEMPLATE.replace("brief", "quick"), "wording is")):
+        own.chat_template = template
+        if words is None:
+            run_streamqa(Rememberer(10**6), own, QUESTIONS, tmp_path, **how)
+            continue
+        with pytest.raises(ValueError, match=f"holds another run: .*{words}"):
+            run_streamqa(Rememberer(10**6), own, QUESTIONS, tmp_path, **how)
 
 
 def test_a_model_that_remembers_answers_again(tokenizer, tmp_path):
