@@ -156,9 +156,9 @@ def test_a_system_that_fails_does_not_end_the_others(tokenizer, tmp_path, monkey
         return forward(input_ids=input_ids, past_key_values=past_key_values, **more)
 
     monkeypatch.setattr(model, "forward", limited)
-    how = {"window": 30, "chunk": 32, "progress": False}
+    how = {"chunk": 32, "progress": False}
     systems = ["dense", "streaming"]
-    content = run_streamqa(model, tokenizer, QUESTIONS, tmp_path / "a", systems=systems, **how)
+    content = run_streamqa(model, tokenizer, QUESTIONS, tmp_path / "a", systems=systems, window=30, **how)
     assert [(cell["system"], cell["errors"]) for cell in content["cells"]] == [("dense", 5), ("streaming", 0)]
     assert {row["system"] for row in content["rows"]} == {"streaming"}
     with pytest.raises(RuntimeError, match="no stream could be read: OutOfMemoryError: too long"):
