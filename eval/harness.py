@@ -234,7 +234,8 @@ def run_harness(
         budget, retention: retained tokens per KV head during the run, and what chooses them; None: the model's own.
 
     Returns:
-        The content of result.json; `harness` holds the harness's own aggregates.
+        The content of result.json; `harness` holds the harness's own aggregates, `used` the tasks' versions and the
+        numbers of their examples.
 
     Raises:
         ValueError: an argument that can't be used, a folder of another run, or no task that could be loaded.
@@ -269,7 +270,7 @@ def run_harness(
         "budget": budget,
         "retention": retention,
     }
-    out, rows, failed, own = Path(out_dir), [], [], {}
+    out, rows, failed, own, used = Path(out_dir), [], [], {}, {}
     system = system or system_name(model)
     place = tempfile.TemporaryDirectory(prefix="lalte-tokenizer-")
     with place as folder, retained(model, budget, retention), evaluating(model), local_data(files, essays):
@@ -293,6 +294,10 @@ def run_harness(
                     say(f"warning: {task}{suffix} couldn't be run: {failed[-1]['error']}")
                     continue
                 own[f"{task}{suffix}"] = _plain(found["results"])
+                used[f"{task}{suffix}"] = _plain({"versions": found["versions"], "fewshot": found["n-shot"]})
+                if other := {name: n for name, n in found["n-shot"].items() if fewshot not in (None, n)}:
+                    listed = ", ".join(f"{name}: {n}" for name, n in other.items())
+                    say(f"warning: {task}{suffix} has its own number of examples instead of {fewshot} ({listed})")
                 for name, answered in found["samples"].items():
                     rows += task_rows(name, answered, system, suffix)
                     path = out / "samples" / f"{name}{suffix.replace(' ', '-')}.jsonl"
@@ -308,6 +313,7 @@ def run_harness(
         tokenizer=settings["tokenizer"],
         seed=seed,
         harness=own,
+        used=used,
         failed_tasks=failed,
         failed_requests=list(answers.failed.values()),
     )

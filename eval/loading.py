@@ -9,15 +9,29 @@ from typing import Any
 
 import torch
 
+PROBE = "The quick brown fox: 1234567 jumps over a1b2-c3d4!"  # text to try a model and a tokenizer with
 # of a config: where and with what it was saved, not what the model computes
 _NOT_THE_MODEL = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
 
 
 def load_model(folder: str | Path, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any]:
-    """(model, tokenizer) for evaluation: any causal model of transformers; see `models.loading.load_any`."""
+    """(model, tokenizer) for evaluation: any causal model of transformers; see `models.loading.load_any`.
+
+    Raises:
+        ValueError: it can't be loaded, or gives no finite logits, whose answers would count as wrong ones.
+    """
     from models.loading import load_any
 
-    return load_any(folder, device, dtype)
+    model, tokenizer = load_any(folder, device, dtype)
+    ids = tokenizer(PROBE, return_tensors="pt", verbose=False).input_ids.to(next(model.parameters()).device)
+    with torch.no_grad():
+        finite = model(input_ids=ids, use_cache=True).logits.isfinite().all()  # read as prompts are
+    if not finite:
+        raise ValueError(
+            f"model: the logits of {folder} in {model.dtype} are not finite; its weights are damaged, or the dtype "
+            "is too small for it (--dtype)"
+        )
+    return model, tokenizer
 
 
 def load_tokenizer(folder: str | Path) -> Any:
@@ -71,6 +85,6 @@ def model_identity(model: torch.nn.Module) -> str:
 
 def tokenizer_identity(tokenizer: Any) -> str:
     """Class, size, and a digest of vocabulary and of how a probe sentence is cut."""
-    probe = tokenizer("The quick brown fox: 1234567 jumps over a1b2-c3d4!", verbose=False).input_ids
+    probe = tokenizer(PROBE, verbose=False).input_ids
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
     return f"{type(tokenizer).__name__} {len(tokenizer)} {_digest(vocabulary, json.dumps(probe).encode())}"

@@ -261,6 +261,9 @@ def test_a_run_continues_and_records_failures(tokenizer, tasks, tmp_path):
     longest = 10**6
     healed = run(model, tokenizer, ["write", "choose"], tmp_path / "out", include=tasks, batch_size=4)
     assert healed["failed_requests"] == []
+    assert healed["used"].keys() == {"write", "choose"}
+    assert healed["used"]["choose"]["fewshot"] == {"choose": 0}
+    assert healed["used"]["choose"]["versions"].keys() == {"choose"}
     assert calls
     after = answers(tmp_path / "out")
     assert all(after[key] == answer for key, answer in kept.items() if answer is not None)
@@ -274,6 +277,15 @@ def test_a_run_continues_and_records_failures(tokenizer, tasks, tmp_path):
     longest = 0
     with pytest.raises(RuntimeError, match="the first 8 requests all failed"):
         run(model, tokenizer, ["choose"], tmp_path / "none", include=tasks)
+
+
+@needs_harness
+def test_examples_that_a_task_does_not_take_are_told(lalte, tokenizer, tasks, tmp_path, capsys):
+    file = next(Path(tasks).glob("*choose*.yaml"))
+    file.write_text(file.read_text() + "\nnum_fewshot: 0\n")
+    content = run(lalte, tokenizer, ["choose"], tmp_path / "out", include=tasks, fewshot=1)
+    assert content["used"]["choose"]["fewshot"] == {"choose": 0}
+    assert "choose has its own number of examples instead of 1 (choose: 0)" in capsys.readouterr().err
 
 
 @needs_harness

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as token_models
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -384,6 +385,15 @@ def test_a_harmed_folder_gets_one_clear_error(folder, harm, named):
 
 def _edit(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_model_without_finite_logits_is_refused(folder):
+    """Its answers would count as wrong ones."""
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"][3, 0] = torch.inf
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"the logits of .* in torch\.float32 are not finite; its weights"):
+        loading.load_model(folder, device="cpu")
 
 
 def test_bad_dtype_device_and_too_large_a_tokenizer(folder, tokenizer):
