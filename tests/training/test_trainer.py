@@ -206,7 +206,7 @@ def test_a_run_that_is_told_to_stop_leaves_a_checkpoint(folder, name):
     assert process.returncode == 128 + signal.Signals[name], errors
     (checkpoint,) = checkpoints.checkpoints(folder / "stopped")
     step = checkpoints.step_of(checkpoint)
-    assert step in (7, 8)
+    assert 7 <= step < 12
     assert f"lalte: stopped by {name} after step {step}: {checkpoint} is whole; the same command goes on" in errors
     assert not (folder / "stopped" / "model.safetensors").exists()
     train(replace(stopped, output=f"{folder}/stopped"))
