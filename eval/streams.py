@@ -32,12 +32,25 @@ class Piece:
     start: int = 0
 
 
-def encode(piece: Piece, tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """Tokens of a piece, and which of them belong to its answer: all that share a character with it."""
-    coded = tokenizer(piece.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    end = piece.start + len(piece.answer)
-    inside = [piece.line is not None and stop > piece.start and first < end for first, stop in coded.offset_mapping]
-    return coded.input_ids, inside
+def encode(piece: Piece, tokenizer: Any, first: bool = True) -> tuple[list[int], list[bool]]:
+    """Tokens of a piece, and which of them belong to its answer: all that share a character with it.
+
+    Args:
+        first: whether the piece begins the stream. Another one is encoded behind a line's end, since some tokenizers
+            put a space in front of whatever text they are given.
+    """
+    code = lambda text: tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    before = "" if first else "\n"
+    coded = code(before + piece.text)
+    if any(begin < len(before) < end for begin, end in coded.offset_mapping):  # a token is of both
+        before, coded = "", code(piece.text)
+    start, end = len(before) + piece.start, len(before) + piece.start + len(piece.answer)
+    tokens = [
+        (token, piece.line is not None and stop > start and begin < end)
+        for token, (begin, stop) in zip(coded.input_ids, coded.offset_mapping, strict=True)
+        if not before or stop > len(before)
+    ]
+    return [token for token, _ in tokens], [inside for _, inside in tokens]
 
 
 def check_tokenizer(tokenizer: Any) -> None:
@@ -69,7 +82,7 @@ class Stream:
         start: Sequence[int] = (),
     ) -> None:
         self.tokenizer, self.source, self.indices, self.fields = tokenizer, source, indices, fields
-        self.open, self.records = len(indices), []
+        self.open, self.records, self.begins = len(indices), [], True
         # token, and its question's number if it is part of an answer
         self.held: list[tuple[int, int | None]] = [(token, None) for token in start]
         self.asked: list[tuple[Piece, int]] = []  # questions, and how many tokens their answers have
@@ -80,7 +93,8 @@ class Stream:
         """The next `count` tokens."""
         while len(self.held) < count:
             piece = next(self.source)
-            ids, inside = encode(piece, self.tokenizer)
+            ids, inside = encode(piece, self.tokenizer, first=self.begins)
+            self.begins = False
             number = None
             if piece.line is not None and len(self.asked) < len(self.indices):
                 number = len(self.asked)

@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as tf
-from tokenizers import processors
+from tokenizers import Tokenizer, decoders, normalizers, processors, trainers
+from tokenizers import models as token_models
 from transformers import MistralConfig, MistralForCausalLM
 
 from eval import perplexity_cli, streameval_cli
@@ -28,7 +29,7 @@ from eval.streaming import (
     text_pieces,
     text_tokens,
 )
-from eval.streams import encode
+from eval.streams import Piece, encode
 from models.streaming import stream
 from tests.tiny_models import make_model
 from tests.tiny_texts import make_llama, make_tokenizer
@@ -358,6 +359,30 @@ def test_answers_are_found_among_the_tokens(tokenizer):
     said = tokenizer.decode([token for token, own in zip(ids, inside, strict=True) if own])
     assert piece.answer in said
     assert len(said) <= len(piece.answer) + 2
+
+
+def test_lines_have_no_space_in_front():
+    """Of a tokenizer that begins every text with one, as SentencePiece does."""
+    inner = Tokenizer(token_models.BPE(unk_token="<unk>"))
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    inner.decoder = decoders.Replace("▁", " ")
+    source = [piece for piece, _ in zip(pieces(5, 2, 3, "numbers"), range(40), strict=False)]
+    text = "".join(piece.text for piece in source)
+    trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=["<unk>"], show_progress=False)
+    inner.train_from_iterator([text], trainer)
+    tokenizer = tf.PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
+    coded = [encode(piece, tokenizer, first=not n) for n, piece in enumerate(source)]
+    assert tokenizer.decode([token for ids, _ in coded for token in ids]) == f" {text}"
+    asked = [
+        (piece, ids, inside) for piece, (ids, inside) in zip(source, coded, strict=True) if piece.line is not None
+    ]
+    assert len(asked) > 5
+    for piece, ids, inside in asked:
+        assert piece.answer in tokenizer.decode([token for token, own in zip(ids, inside, strict=True) if own])
+    alone = Piece("\n next", 1, "next", 2)  # whose first token may be one with the line's end before it
+    ids, inside = encode(alone, make_tokenizer(), first=False)
+    assert make_tokenizer().decode(ids) == alone.text
+    assert any(inside)
 
 
 class Rememberer(torch.nn.Module):
