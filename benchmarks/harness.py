@@ -80,8 +80,8 @@ def require_close(what: str, actual: Tensor, expected: Tensor, tolerance: float)
 
 
 def path_identity(path: str | Path) -> str:
-    """A digest that tells models and texts of one name apart: sizes and both ends of a file, or of a folder's JSON
-    and weights.
+    """A digest that tells models of one name apart without loading them: sizes and both ends of a file, or of a
+    folder's JSON and weights.
 
     Raises:
         ValueError: nothing is there.

@@ -212,10 +212,13 @@ def _systems(settings: Settings) -> list[tuple[str, int | None]]:
 def _config(settings: Settings) -> dict[str, Any]:
     """What the numbers depend on; files by their names, and what tells them from others of these names."""
     from benchmarks.harness import path_identity
+    from eval.streaming import texts_identity
 
-    given = {name: path for name in ("model", "text") if (path := getattr(settings, name))}
-    names = {name: Path(path).name for name, path in given.items()}
-    names |= {f"{name}_identity": path_identity(path) for name, path in given.items()}
+    names: dict[str, Any] = {}
+    if settings.model:
+        names |= {"model": Path(settings.model).name, "model_identity": path_identity(settings.model)}
+    if settings.text:
+        (names["text"],) = texts_identity([settings.text])  # its name, size and digest
     left_out = ("out", "figure", "overwrite")
     return {name: value for name, value in (asdict(settings) | names).items() if name not in left_out}
 

@@ -51,6 +51,7 @@ def check_ends(mask_BT: Tensor | None, length: int) -> None:
 
 
 BOUNDS = ("cu_seq_lens_q", "position_ids", "seq_idx")  # of DataCollatorWithFlattening
+USUAL = (*BOUNDS, "cu_seq_lens_k", "output_attentions", "return_dict")  # of every step of a loop, so not searched for
 NAMES = ("attention_mask", "cu_seqlens", "inputs_embeds", "labels", "past_key_values", *BOUNDS)
 
 
@@ -66,8 +67,9 @@ def check_names(given: Mapping[str, object]) -> None:
     if given.get("output_attentions"):
         raise ValueError("output_attentions=True: attention weights are never formed; leave it out")
     for name, value in given.items():
-        near = get_close_matches(name, NAMES, 1, cutoff=0.9)
-        if near and name not in (*BOUNDS, "cu_seq_lens_k") and value is not None:
+        if value is None or name in USUAL:
+            continue
+        if near := get_close_matches(name, NAMES, 1, cutoff=0.9):
             raise ValueError(f"{name}: the model has no such argument; is {near[0]} meant?")
 
 
