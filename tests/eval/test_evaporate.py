@@ -417,6 +417,7 @@ def test_the_commands(tmp_path, tokenizer, capsys):
     for wrong, words in (
         (["swde", "--out", out], "pages: missing"),
         (["squad", "--source", "x", "--pages", "y", "--out", out], "pages: squad has no use for it"),
+        (["swde", "--pages", "x", "--pairs", "y", "--form", "z", "--out", out], "form: swde has no use for it"),
         (line, "exists already"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -289,6 +289,13 @@ def test_examples_that_a_task_does_not_take_are_told(lalte, tokenizer, tasks, tm
 
 
 @needs_harness
+def test_a_length_is_measured_once(lalte, tokenizer, tasks, tmp_path):
+    with pytest.raises(ValueError, match=r"lengths: \[512, 512\] names a length twice"):
+        run(lalte, tokenizer, ["choose"], tmp_path / "out", include=tasks, lengths=[512, 512])
+    assert not (tmp_path / "out").exists()
+
+
+@needs_harness
 def test_local_files_stand_in_for_the_hub(lalte, tokenizer, tasks, tmp_path):
     text = lambda n: f"{' '.join(WORDS[n:])} device name:"
     documents = [{"text": f"  {text(n)}\n", "key": "device name", "value": f" {WORDS[n]} "} for n in range(4)]

@@ -258,6 +258,18 @@ def test_a_run_ends_where_text_or_model_end(book, tokenizer, tmp_path):
     assert (content["ended_by"], content["tokens_read"]) == ("end of the text", len(all_tokens(book, tokenizer)))
 
 
+def test_one_token_has_no_interval_and_a_finished_run_is_shown_again(book, tokenizer, tmp_path, capsys):
+    shown = []
+    for _ in range(2):
+        content = run_perplexity(make_llama(), tokenizer, [book], tmp_path, tokens=65)
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1]
+    assert "perplexity up to a position" in shown[0]
+    first, last = content["curve"]
+    assert (last["tokens"], last["low"], last["high"]) == (1, None, None)
+    assert first["low"] < first["perplexity"] < first["high"]
+
+
 def test_a_text_that_can_not_be_read_leaves_the_folder_to_another(book, tokenizer, tmp_path):
     (tmp_path / "bad.txt").write_bytes(b"caf\xe9")
     run = lambda *texts: run_perplexity(make_llama(), tokenizer, texts, tmp_path / "out", tokens=64, progress=False)
